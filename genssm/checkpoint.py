@@ -1,0 +1,223 @@
+"""Checkpoints: a folder with config.json, model.safetensors and, for text, tokenizer.model.
+
+Nothing is pickled. Large matrices are stored in bfloat16, everything else in float32.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genssm.codec import Codec, Text, codec_from_config
+from genssm.model import ModelConfig, SequenceModel
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with the codec of its tokens, how it was trained and what it reached."""
+
+    model: SequenceModel
+    codec: Codec
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "codec": self.codec.to_config(),
+            "model": asdict(self.model.config),
+            "training": self.training,
+            "metrics": self.metrics,
+        }
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found or read; the message says why and what to do."""
+
+
+def shipped_folders() -> dict[str, Path]:
+    """The checkpoints that come with the package, by name."""
+    package = Path(__file__).parent
+    for root in (package / "checkpoints", package.parent / "checkpoints"):
+        if root.is_dir():
+            return {p.parent.name: p.parent for p in sorted(root.glob("*/config.json"))}
+    return {}
+
+
+def resolve(name: str) -> Path:
+    """The folder of a checkpoint: a shipped name, a folder, or a Hub id "owner/name"."""
+    shipped = shipped_folders()
+    if name in shipped:
+        return shipped[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    previous = folder.with_name(folder.name + ".previous")
+    if folder.name and previous.is_dir():  # a save was killed between its two renames
+        return previous
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+        return _download(name)
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise CheckpointError(
+        f"there is no model {name!r}; {hint}known: {', '.join(shipped) or 'none'}; "
+        "or give a checkpoint folder or a Hugging Face id owner/name"
+    )
+
+
+def _download(repository: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "model.safetensors", "tokenizer.model"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(f"{repository!r} is not a Hugging Face id owner/name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"could not fetch {repository!r} from the Hugging Face Hub; check the name and the "
+            "network, or download the repository elsewhere and give its folder"
+        ) from error
+
+
+def load(name: str | Path) -> Checkpoint:
+    """Load a checkpoint by shipped name, folder or Hub id, in float32 on the CPU.
+
+    Raises CheckpointError for anything missing, truncated, foreign, mismatched or newer.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = resolve(str(name))
+
+    def check(holds: bool, problem: str) -> None:
+        if not holds:
+            raise CheckpointError(f"the checkpoint {str(folder)!r} {problem}")
+
+    for file in ("config.json", "model.safetensors"):
+        check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{str(folder / 'config.json')!r} is not readable JSON") from error
+    check(isinstance(config, dict) and "format_version" in config, "is not in genssm's format")
+    version = config["format_version"]
+    check(
+        version == FORMAT_VERSION,
+        f"has format version {version}, this genssm reads {FORMAT_VERSION}; "
+        + ("upgrade genssm" if str(version) > str(FORMAT_VERSION) else "convert or retrain it"),
+    )
+    sections = {"format_version", "codec", "model", "training", "metrics"}
+    check(set(config) == sections, f"must have exactly the sections {sorted(sections)}")
+    check(all(isinstance(config[s], dict) for s in sections - {"format_version"}), "is damaged")
+    try:
+        codec = codec_from_config(config["codec"], folder)
+        known = {f.name for f in fields(ModelConfig)}
+        check(set(config["model"]) == known, f"must set exactly {', '.join(sorted(known))}")
+        model = SequenceModel(ModelConfig(**config["model"]))
+        tensors = load_file(folder / "model.safetensors")
+    except CheckpointError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(folder / 'model.safetensors')!r} is truncated or no safetensors file"
+        ) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
+    check(
+        (codec.vocab_size, codec.n_outputs) == (model.config.vocab_size, model.config.n_outputs),
+        "has a codec that does not fit its model",
+    )
+    expected = model.state_dict()
+    wrong = sorted(set(expected) ^ set(tensors)) or sorted(
+        k for k in expected if expected[k].shape != tensors[k].shape
+    )
+    check(not wrong, f"has weights that do not fit its config, first {wrong[:1]}")
+    finite = all(bool(t.isfinite().all()) for t in tensors.values())
+    check(finite, "holds weights that are not finite numbers")
+    model.load_state_dict({k: t.float() for k, t in tensors.items()})
+    return Checkpoint(model.eval(), codec, config["training"], config["metrics"])
+
+
+def storage_dtypes(model: SequenceModel) -> dict[str, torch.dtype]:
+    """bfloat16 for linear and embedding matrices; float32 for norms, biases and the dynamics."""
+    halved = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    }
+    return {
+        name: torch.bfloat16 if name in halved else torch.float32 for name in model.state_dict()
+    }
+
+
+def stored_weights(model: SequenceModel) -> dict[str, Tensor]:
+    """The weights as a checkpoint stores them."""
+    dtypes = storage_dtypes(model)
+    return {
+        name: value.detach().to("cpu", dtypes[name]).contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def save(checkpoint: Checkpoint, folder: str | Path) -> Path:
+    """Write a checkpoint; the folder holds the old one or the new one, never a mixture.
+
+    The new one is written beside and swapped in by two renames; a kill between them leaves the old
+    one as ``<folder>.previous``, which ``load`` finds.
+    """
+    from safetensors.torch import save_file
+
+    def write(target: Path) -> None:
+        (target / "config.json").write_text(json.dumps(checkpoint.to_config(), indent=1) + "\n")
+        save_file(stored_weights(checkpoint.model), target / "model.safetensors")
+        if isinstance(checkpoint.codec, Text):
+            (target / "tokenizer.model").write_bytes(checkpoint.codec.tokenizer)
+
+    return replace_folder(Path(folder), write)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a new folder, then put it in the place of ``folder``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(fresh)
+        fresh.chmod(0o755)
+        previous = folder.with_name(folder.name + ".previous")
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        fresh.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, then rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,366 @@
+"""Codecs: raw text, pictures and sound to integer tokens and back.
+
+Every codec begins a sequence with one start token: the *boundary*, or a class label where it has
+any. ``encode(raw)`` → 1-D int64 tokens, start included; ``decode(tokens)`` → raw.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ANY = "any"  # the label that means no label
+
+Raw = Any  # str, or a uint8 (H, W, C) array, or a float32 (samples,) array
+
+
+class Codec(ABC):
+    """What every modality shares. ``boundary`` is the id that starts (and ends) a sequence."""
+
+    modality: ClassVar[str]
+    unit: ClassVar[str]  # of the exact likelihood: bits per what
+
+    boundary: int
+    n_outputs: int
+    labels: tuple[str, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids read by the model: the predicted ones, the boundary and the labels."""
+        return max(self.n_outputs, self.boundary + 1) + len(self.labels)
+
+    def start(self, label: str | None = None) -> int:
+        """The start token of a label; the boundary for None and "any"."""
+        if label is None or label == ANY:
+            return self.boundary
+        if label not in self.labels:
+            known = ", ".join((*self.labels, ANY)) if self.labels else "none"
+            raise ValueError(f"unknown class {label!r}; this model knows: {known}")
+        return self.vocab_size - len(self.labels) + self.labels.index(label)
+
+    def _with_start(self, tokens: np.ndarray, label: str | None) -> Tensor:
+        sequence = np.empty(len(tokens) + 1, np.int64)
+        sequence[0], sequence[1:] = self.start(label), tokens
+        return torch.from_numpy(sequence)
+
+    def _without_start(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Drop start tokens and boundaries: what is left stands for raw values."""
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise ValueError(
+                f"token ids must lie in 0 … {self.vocab_size - 1}, got {ids.min()} … {ids.max()}"
+            )
+        return ids[(ids < self.n_outputs) & (ids != self.boundary)]
+
+    @abstractmethod
+    def encode(self, raw: Raw, label: str | None = None) -> Tensor:
+        """Raw → int64 tokens (L + 1,), the start token first."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> Raw:
+        """Tokens → raw; start tokens and boundaries are dropped."""
+
+    @abstractmethod
+    def units(self, raw: Raw) -> int:
+        """How many bytes, dimensions or samples ``raw`` holds: the divisor of its bits."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able settings, from which ``codec_from_config`` builds the codec again."""
+
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """A fresh incremental decoder for streaming."""
+
+
+class Decoder(ABC):
+    """Turns tokens into pieces of raw as soon as they are whole; the pieces join to ``decode``."""
+
+    @abstractmethod
+    def push(self, token: int) -> Raw | None:
+        """Take one token; return the raw that it completes, or None."""
+
+    @abstractmethod
+    def flush(self) -> Raw | None:
+        """Return what is left."""
+
+
+class Text(Codec):
+    """Text by SentencePiece with byte fallback: every string of Unicode characters round-trips."""
+
+    modality = "text"
+    unit = "bits/byte"
+    _SPACE = "\u2581"  # SentencePiece writes a blank as this character, so it must go as bytes
+
+    def __init__(self, tokenizer: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.tokenizer = tokenizer
+        try:
+            self._pieces = SentencePieceProcessor(model_proto=tokenizer)
+        except RuntimeError as error:
+            raise ValueError("the tokenizer is not a readable SentencePiece model") from error
+        self.boundary = self._pieces.bos_id()
+        self.n_outputs = self._pieces.vocab_size()
+        self._bytes = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if self.boundary < 0 or self._pieces.unk_id() in self._bytes:
+            raise ValueError("the tokenizer needs a <s> piece and byte fallback")
+
+    @classmethod
+    def train(cls, documents: Sequence[str], vocab_size: int) -> Text:
+        """Learn ``vocab_size`` byte-pair pieces from the documents (a sample of them will do)."""
+        import sentencepiece
+
+        model = io.BytesIO()
+        lines = (line[i : i + 4000] for text in documents for line in text.split("\n")
+                 for i in range(0, len(line), 4000))  # fmt: skip
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            hard_vocab_limit=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=16000,
+            num_threads=2,
+            minloglevel=2,
+        )
+        return cls(model.getvalue())
+
+    def encode(self, raw: str, label: str | None = None) -> Tensor:
+        if not isinstance(raw, str):
+            raise ValueError(f"a text prompt must be a string, got {type(raw).__name__}")
+        try:
+            raw.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text holds a lone surrogate, which is no character") from error
+        ids: list[int] = []
+        for i, part in enumerate(raw.split(self._SPACE)):
+            if i:
+                ids += [self._bytes[byte] for byte in self._SPACE.encode()]
+            for j, piece in enumerate(part.split("\0")):  # SentencePiece stops at a NUL
+                if j:
+                    ids.append(self._bytes[0])
+                ids += self._pieces.encode(piece)
+        return self._with_start(np.array(ids, np.int64), label)
+
+    def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> str:
+        return self._pieces.decode(self._without_start(tokens).tolist())
+
+    def units(self, raw: str) -> int:
+        return len(raw.encode())
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": "text"}
+
+    def decoder(self) -> Decoder:
+        return _TextDecoder(self)
+
+
+class _TextDecoder(Decoder):
+    def __init__(self, codec: Text) -> None:
+        self.codec, self.pending = codec, []
+
+    def push(self, token: int) -> str | None:
+        self.pending.append(token)
+        text = self.codec.decode(self.pending)
+        if text.endswith("\ufffd") and len(self.pending) < 4:
+            return None  # perhaps the first bytes of a character
+        return self.flush()
+
+    def flush(self) -> str | None:
+        text, self.pending = self.codec.decode(self.pending), []
+        return text or None
+
+
+class Image(Codec):
+    """Pictures as raster bytes: rows from the top, pixels from the left, channels in order."""
+
+    modality = "image"
+    unit = "bits/dim"
+    boundary = 256
+    n_outputs = 256
+
+    def __init__(self, height: int, width: int, channels: int, labels: Sequence[str] = ()) -> None:
+        if height < 1 or width < 1 or channels not in (1, 3):
+            raise ValueError(
+                f"a picture needs height, width >= 1 and 1 or 3 channels, got "
+                f"{height}×{width}×{channels}"
+            )
+        self.shape = (height, width, channels)
+        self.labels = tuple(labels)
+
+    @property
+    def length(self) -> int:
+        """Values in one picture."""
+        return int(np.prod(self.shape))
+
+    def array(self, raw: Raw) -> np.ndarray:
+        """Validate and bring a picture to uint8 of this codec's shape (H, W, C)."""
+        array = np.asarray(raw)
+        if array.ndim == 2:
+            array = array[..., None]
+        if array.dtype != np.uint8 or array.shape != self.shape:
+            raise ValueError(
+                f"a picture must be uint8 of shape {self.shape}, got {array.dtype} of shape "
+                f"{array.shape}; crop or scale it first"
+            )
+        return array
+
+    def encode(self, raw: Raw, label: str | None = None) -> Tensor:
+        return self._with_start(self.array(raw).reshape(-1), label)
+
+    def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens → uint8 (H, W, C); a picture that ends early is black from there on."""
+        values = self._without_start(tokens)
+        if len(values) > self.length:
+            raise ValueError(f"a picture has {self.length} values, got {len(values)}")
+        array = np.zeros(self.length, np.uint8)
+        array[: len(values)] = values
+        return array.reshape(self.shape)
+
+    def units(self, raw: Raw) -> int:
+        return self.array(raw).size
+
+    def to_config(self) -> dict[str, Any]:
+        height, width, channels = self.shape
+        return {
+            "kind": "image",
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "labels": list(self.labels),
+        }
+
+    def decoder(self) -> Decoder:
+        return _ImageDecoder(self)
+
+
+class _ImageDecoder(Decoder):
+    """Yields rows, uint8 (1, W, C)."""
+
+    def __init__(self, codec: Image) -> None:
+        self.row_shape = (1, *codec.shape[1:])
+        self.row: list[int] = []
+
+    def push(self, token: int) -> np.ndarray | None:
+        if token < Image.n_outputs:
+            self.row.append(token)
+        if len(self.row) < np.prod(self.row_shape):
+            return None
+        row, self.row = np.array(self.row, np.uint8).reshape(self.row_shape), []
+        return row
+
+    def flush(self) -> None:
+        return None  # an unfinished row stays black, as in Image.decode
+
+
+class Audio(Codec):
+    """Mono sound as 8-bit mu-law at one sampling rate, ended by the boundary."""
+
+    modality = "audio"
+    unit = "bits/sample"
+    boundary = 256
+    n_outputs = 257
+
+    def __init__(self, rate: int, labels: Sequence[str] = ()) -> None:
+        if not 1000 <= rate <= 192_000:
+            raise ValueError(f"the sampling rate must lie in 1000 … 192000 Hz, got {rate}")
+        self.rate = rate
+        self.labels = tuple(labels)
+
+    def waveform(self, raw: Raw, rate: int | None = None) -> np.ndarray:
+        """Bring sound to float32 mono (samples,) on [-1, 1] at this codec's rate.
+
+        ``raw``: (samples,) or (samples, channels), floats on [-1, 1] or int16, at ``rate`` Hz.
+        Louder floats are clipped; channels are averaged.
+        """
+        wave = np.asarray(raw)
+        if wave.dtype == np.int16:
+            wave = wave / np.float32(32768)
+        if wave.ndim not in (1, 2) or not np.issubdtype(wave.dtype, np.floating):
+            raise ValueError(
+                "sound must be floats or int16 of shape (samples,) or (samples, channels), got "
+                f"{wave.dtype} of shape {wave.shape}"
+            )
+        wave = wave.astype(np.float32)
+        if not np.isfinite(wave).all():
+            raise ValueError("the sound holds values that are not finite numbers")
+        if wave.ndim == 2:
+            wave = wave.mean(1)
+        if rate is not None and rate != self.rate and len(wave):
+            from torchaudio.functional import resample
+
+            wave = resample(torch.from_numpy(wave), rate, self.rate).numpy()
+        return np.clip(wave, -1, 1)
+
+    def encode(self, raw: Raw, label: str | None = None) -> Tensor:
+        from torchaudio.functional import mu_law_encoding
+
+        wave = torch.from_numpy(self.waveform(raw))
+        return self._with_start(mu_law_encoding(wave, 256).numpy(), label)
+
+    def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens → float32 (samples,) on [-1, 1]."""
+        from torchaudio.functional import mu_law_decoding
+
+        return mu_law_decoding(torch.from_numpy(self._without_start(tokens)), 256).numpy()
+
+    def units(self, raw: Raw) -> int:
+        return len(self.waveform(raw))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": "audio", "rate": self.rate, "labels": list(self.labels)}
+
+    def decoder(self) -> Decoder:
+        return _AudioDecoder(self)
+
+
+class _AudioDecoder(Decoder):
+    """Yields blocks of samples, float32 (n,)."""
+
+    block = 256
+
+    def __init__(self, codec: Audio) -> None:
+        self.codec, self.pending = codec, []
+
+    def push(self, token: int) -> np.ndarray | None:
+        self.pending.append(token)
+        return self.flush() if len(self.pending) >= self.block else None
+
+    def flush(self) -> np.ndarray | None:
+        wave, self.pending = self.codec.decode(self.pending), []
+        return wave if len(wave) else None
+
+
+def codec_from_config(config: dict[str, Any], folder: Path | None = None) -> Codec:
+    """Build the codec that ``to_config`` described; text reads ``folder/tokenizer.model``."""
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    if kind == "text" and not settings:
+        if folder is None:
+            raise ValueError("a text codec needs the folder of its tokenizer.model")
+        return Text((folder / "tokenizer.model").read_bytes())
+    kinds = {"image": Image, "audio": Audio}
+    if kind not in kinds:
+        raise ValueError(f"unknown codec {config!r}")
+    try:
+        return kinds[kind](**settings)
+    except TypeError as error:
+        raise ValueError(f"the codec does not fit its kind: {config!r}") from error

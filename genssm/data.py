@@ -1,0 +1,303 @@
+"""Data sets: files and folders to raw examples, examples to batches of tokens."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genssm.codec import ANY, Audio, Codec, Image, Raw
+
+_OPENERS: dict[str, Callable[..., IO[bytes]]] = {
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".gz": gzip.open,
+}
+# A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
+_DOCUMENT = re.compile(r"(?m)^(?= = [^=].*[^=] = $)|^<\|endoftext\|>\n?")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document, picture or clip; ``label`` names its class where one is known."""
+
+    raw: Raw
+    label: str | None = None
+
+
+def read_examples(path: Path, codec: Codec) -> Iterator[Example]:
+    """The examples at ``path`` in the modality of ``codec``, in a fixed order."""
+    readers: dict[str, Callable[[], Iterator[Example]]] = {
+        "text": lambda: (Example(text) for text in read_documents(path)),
+        "image": lambda: read_pictures(path, codec),  # type: ignore[arg-type]
+        "audio": lambda: read_clips(path, codec),  # type: ignore[arg-type]
+    }
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {str(path)!r}")
+    return readers[codec.modality]()
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Documents of a UTF-8 text file (also .bz2, .xz, .gz), or of each .txt file in a folder."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if ".txt" in p.suffixes)
+        if not files:
+            raise ValueError(f"the folder {str(path)!r} holds no .txt file")
+        for file in files:
+            yield from read_documents(file)
+        return
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            text = file.read().decode()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not readable UTF-8 text: {error}") from error
+    start = 0
+    for match in _DOCUMENT.finditer(text):
+        if text[start : match.start()].strip():
+            yield text[start : match.start()]
+        start = match.end()
+    if text[start:].strip():
+        yield text[start:]
+
+
+def read_pictures(path: Path, codec: Image) -> Iterator[Example]:
+    """Pictures of a .npy file of uint8 (n, H, W[, C]), or of a folder or tar of picture files.
+
+    Labels: ``<name>_labels.npy`` beside a .npy file, the folder's name for picture files.
+    """
+    if path.suffix == ".npy":
+        array, labels = open_picture_array(path)
+        for i in range(len(array)):
+            label = codec.labels[labels[i]] if labels is not None and codec.labels else None
+            yield Example(codec.array(array[i]), label)
+        return
+    for name, data in _members(path, PICTURES):
+        label = name.parent.name if name.parent.name in codec.labels else None
+        yield Example(codec.array(read_picture(io.BytesIO(data), codec, str(name))), label)
+
+
+def open_picture_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A memory-mapped uint8 array (n, H, W[, C]) and its labels (n,), if any."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        beside = path.with_name(f"{path.stem}_labels.npy")
+        labels = np.load(beside, allow_pickle=False) if beside.exists() else None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable .npy array: {error}") from error
+    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise ValueError(
+            f"pictures must be uint8 of shape (n, H, W, C), got {array.dtype} {array.shape}"
+        )
+    if labels is not None and len(labels) != len(array):
+        raise ValueError(f"{len(array)} pictures but {len(labels)} labels in {str(beside)!r}")
+    return array, labels
+
+
+def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
+    """Decode a picture file to uint8 (h, w, channels of the codec), whatever its size."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(file) as picture:
+            if picture.width * picture.height > 50_000_000:
+                raise ValueError(
+                    f"the picture {name!r} is larger than 50 million pixels; scale it down"
+                )
+            converted = picture.convert("RGB" if codec.shape[2] == 3 else "L")
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{name!r} is not a readable picture") from error
+    array = np.asarray(converted)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def read_clips(path: Path, codec: Audio) -> Iterator[Example]:
+    """Clips of one sound file, or of a folder or tar of sound files, at the rate of the codec.
+
+    Labels: the file name up to the first "_", or the folder's name, if that is a class.
+    """
+    for name, data in _members(path, SOUNDS):
+        candidates = (name.stem.split("_")[0], name.parent.name)
+        label = next((c for c in candidates if c in codec.labels), None)
+        yield Example(read_sound(io.BytesIO(data), codec, str(name)), label)
+
+
+def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
+    """Decode a sound file to float32 mono (samples,) at the rate of the codec."""
+    import soundfile
+
+    try:
+        wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{name!r} is not a readable sound file") from error
+    return codec.waveform(wave, rate)
+
+
+def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Names and bytes of one file, a folder's files or a tar archive's members, sorted by name."""
+    found = False
+    if path.suffix.lower() in suffixes:
+        yield PurePosixPath(path.name), path.read_bytes()
+        return
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in suffixes:
+                found = True
+                yield PurePosixPath(*file.relative_to(path).parts), file.read_bytes()
+    else:
+        try:
+            with tarfile.open(path) as archive:
+                for member in sorted(archive.getmembers(), key=lambda m: m.name):
+                    if member.isfile() and member.name.lower().endswith(suffixes):
+                        found = True
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        yield PurePosixPath(member.name), file.read()
+        except (tarfile.TarError, OSError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{str(path)!r} is not a readable tar archive: {error}") from error
+    if not found:
+        raise ValueError(f"{str(path)!r} holds no file ending in {', '.join(suffixes)}")
+
+
+def find_split(path: Path, split: str, modality: str) -> Path:
+    """The file or folder of a split inside a data folder: ``train*`` or ``validation*``."""
+    if not path.is_dir():
+        raise ValueError(
+            f"training data must be a folder that holds train and validation files, got {str(path)!r}"
+        )
+    suffix = {"text": ".txt", "image": "", "audio": ""}[modality]
+    found = [
+        p
+        for p in sorted(path.iterdir())
+        if p.name.split(".")[0] == split and suffix in "".join(p.suffixes)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"the folder {str(path)!r} must hold one file or folder named {split!r} (such as "
+            f"{split}.txt, {split}.npy, {split}.tar or {split}/), found {len(found)}"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens (B, L + 1) int64; weights (B, L) float32, 0 where the target is padding."""
+
+    tokens: Tensor
+    weights: Tensor | None = None
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+class TextBatches:
+    """Windows of a token stream; the batch of a step depends on the seed and the step alone."""
+
+    def __init__(self, stream: np.ndarray, batch_size: int, length: int, seed: int) -> None:
+        if len(stream) <= length:
+            raise ValueError(f"the text has {len(stream)} tokens, fewer than a window of {length}")
+        self.stream, self.batch_size, self.length, self.seed = stream, batch_size, length, seed
+
+    def batch(self, step: int) -> Batch:
+        starts = _random(self.seed, step).integers(
+            0, len(self.stream) - self.length, self.batch_size
+        )
+        windows = [self.stream[i : i + self.length + 1] for i in starts]
+        return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
+
+
+class _Shuffled:
+    """Visits n items in a fresh order each epoch, ``size`` items a step."""
+
+    def __init__(self, n: int, size: int, seed: int) -> None:
+        if n < size:
+            raise ValueError(f"a batch of {size} needs at least {size} examples, got {n}")
+        self.n, self.size, self.seed = n, size, seed
+        self.epoch, self.order = -1, np.arange(n)
+
+    def indices(self, step: int) -> np.ndarray:
+        epoch, at = divmod(step, self.n // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, _random(self.seed, epoch).permutation(self.n)
+        return self.order[at * self.size : (at + 1) * self.size]
+
+
+class PictureBatches:
+    """Pictures with their class as start token; a tenth of them with "any" instead."""
+
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        labels: np.ndarray | None,
+        codec: Image,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+    ) -> None:
+        codec.array(pictures[0])
+        self.pictures, self.labels, self.codec = pictures, labels, codec
+        self.seed, self.flip = seed, flip
+        self.shuffled = _Shuffled(len(pictures), batch_size, seed)
+
+    def batch(self, step: int) -> Batch:
+        random = _random(self.seed, step, 1)
+        sequences = []
+        for i in self.shuffled.indices(step):
+            picture = np.asarray(self.pictures[i])
+            if self.flip and random.random() < 0.5:
+                picture = picture[:, ::-1]
+            unlabelled = random.random() < 0.1 or self.labels is None
+            label = ANY if unlabelled else self.codec.labels[self.labels[i]]
+            sequences.append(self.codec.encode(picture, label))
+        return Batch(torch.stack(sequences))
+
+
+class ClipBatches:
+    """Clips of similar length together, their class as start token, the boundary as last target."""
+
+    group = 16  # batches whose clips are sorted by length together
+
+    def __init__(
+        self, examples: Iterable[Example], codec: Audio, batch_size: int, length: int, seed: int
+    ) -> None:
+        self.codec, self.batch_size, self.seed = codec, batch_size, seed
+        self.clips: list[tuple[Tensor, int]] = []  # tokens without start, start token
+        for example in examples:
+            tokens = codec.encode(example.raw, example.label)
+            ended = torch.cat([tokens[1:], torch.tensor([codec.boundary])])
+            self.clips.append((ended[:length], int(tokens[0])))
+        self.shuffled = _Shuffled(
+            len(self.clips), min(self.group * batch_size, len(self.clips)), seed
+        )
+
+    def batch(self, step: int) -> Batch:
+        per_group = self.shuffled.size // self.batch_size
+        if per_group == 0:
+            raise ValueError(f"a batch of {self.batch_size} needs more than {len(self.clips)} clips")
+        turn, at = divmod(step, per_group)
+        chosen = sorted(self.shuffled.indices(turn), key=lambda i: len(self.clips[i][0]))
+        order = _random(self.seed, turn, 1).permutation(per_group)
+        random = _random(self.seed, step, 2)
+        members = chosen[order[at] * self.batch_size : (order[at] + 1) * self.batch_size]
+        longest = max(len(self.clips[i][0]) for i in members)
+        tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
+        weights = torch.zeros(self.batch_size, longest)
+        for row, i in enumerate(members):
+            clip, start = self.clips[i]
+            tokens[row, 0] = self.codec.boundary if random.random() < 0.1 else start
+            tokens[row, 1 : len(clip) + 1] = clip
+            weights[row, : len(clip)] = 1
+        return Batch(tokens, weights)

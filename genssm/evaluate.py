@@ -1,0 +1,93 @@
+"""Exact likelihood: bits of raw data under a model, and bits per byte, dimension or sample of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import math
+
+import torch
+from torch import Tensor
+
+from genssm.codec import Codec
+from genssm.data import Example
+from genssm.model import RecurrentModel, SequenceModel, to_recurrent
+
+_LN2 = math.log(2)
+LONGEST = 16_384  # tokens convolved at once; longer sequences go on from the recurrent state
+_HEAD = 4_096  # tokens whose logits are held at once
+
+
+@torch.no_grad()
+def token_bits(model: SequenceModel, tokens: Tensor) -> Tensor:
+    """Bits of tokens[:, 1:] given those before: (B, L + 1) → (B, L) float32, by convolution.
+
+    Memory is bounded: logits are made in slices, and beyond ``LONGEST`` tokens the sequence is read
+    in pieces, the state of the recurrence carrying over.
+    """
+    reader, targets = tokens[:, :-1], tokens[:, 1:]
+    if reader.shape[1] > LONGEST:
+        return _token_bits_in_pieces(to_recurrent(model), reader, targets)
+    features, prediction = model.features(reader)
+    bits = []
+    step = max(1, _HEAD // len(tokens))
+    for i in range(0, reader.shape[1], step):
+        part = slice(i, i + step)
+        base = None if prediction is None else prediction[:, part]
+        bits.append(model.head.log_prob(features[:, part], base, targets[:, part]) / -_LN2)
+    return torch.cat(bits, 1) if bits else features.new_zeros(targets.shape)
+
+
+def _token_bits_in_pieces(model: RecurrentModel, reader: Tensor, targets: Tensor) -> Tensor:
+    state, bits = model.initial_state(len(reader)), []
+    for i in range(0, reader.shape[1], _HEAD):
+        part = slice(i, i + _HEAD)
+        logits, state = model.prefill(reader[:, part], state)
+        log_p = torch.log_softmax(logits, -1).gather(-1, targets[:, part, None])[..., 0]
+        bits.append(log_p / -_LN2)
+    return torch.cat(bits, 1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``value`` is bits / units; units are bytes, dimensions (pixel values) or samples."""
+
+    value: float
+    unit: str
+    bits: float
+    tokens: int
+    units: int
+    examples: int
+
+
+def evaluate(
+    model: SequenceModel, codec: Codec, examples: Iterable[Example], limit: int | None = None
+) -> Evaluation:
+    """The mean exact likelihood over ``examples`` (at most ``limit`` of them), each from its start."""
+    bits, tokens, units, count = 0.0, 0, 0, 0
+    for batch in _batches(islice(examples, limit), 16 if codec.modality != "text" else 1):
+        encoded = [codec.encode(e.raw, e.label) for e in batch]
+        longest = max(len(t) for t in encoded)
+        padded = torch.full((len(batch), longest), codec.boundary)
+        for row, sequence in enumerate(encoded):
+            padded[row, : len(sequence)] = sequence
+        scored = token_bits(model, padded)
+        for row, (example, sequence) in enumerate(zip(batch, encoded, strict=True)):
+            bits += float(scored[row, : len(sequence) - 1].double().sum())
+            tokens += len(sequence) - 1
+            units += codec.units(example.raw)
+            count += 1
+    if units == 0:
+        raise ValueError("the data holds nothing to evaluate")
+    return Evaluation(bits / units, codec.unit, bits, tokens, units, count)
+
+
+def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Groups of ``size`` examples of similar length, to spare padding."""
+    iterator = iter(examples)
+    while window := list(islice(iterator, 8 * size)):
+        window.sort(key=lambda e: len(e.raw))
+        for i in range(0, len(window), size):
+            yield window[i : i + size]

@@ -1,0 +1,581 @@
+"""The sequence model: blocks and pools of state space layers between an embedding and a head.
+
+Trained by convolution (``SequenceModel``), sampled by recurrence (``to_recurrent``): the same map.
+Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack and is delayed by one group.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genssm.layers import LAYERS, RecurrentStateSpace, StateSpace
+
+M = TypeVar("M", bound=nn.Module)
+
+NOTHING = -1  # the token id of a position before the sequence begins
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes a model. Level 0 is the outermost; ``pools`` lie between levels."""
+
+    vocab_size: int  # token ids read: values, then the boundary, then class labels
+    n_outputs: int  # token ids predicted: 0 … n_outputs-1
+    d_model: tuple[int, ...] = (256,)  # width of each level
+    n_layers: tuple[int, ...] = (6,)  # blocks of each level, after its pool
+    pools: tuple[int, ...] = ()  # stride from each level to the next
+    layer: str = "s4d"  # a key of LAYERS
+    d_state: int = 32  # N, complex pairs counted twice
+    l_max: int = 1024  # training length in tokens (the kernel length S4 is parametrised for)
+    dt_min: float = 1e-3  # range of the initial Δ, in steps of the layer's own level
+    dt_max: float = 1e-1
+    expand: int = 2  # width of the feed-forward part over d_model
+    dropout: float = 0.0
+    head: str = "softmax"  # a key of HEADS
+    taps: tuple[int, ...] = ()  # earlier values read as numbers: k is the value k before the target
+    image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "pools", "taps", "image_shape"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON gives it
+                object.__setattr__(self, name, tuple(value))
+        levels = len(self.d_model)
+        if not levels or len(self.n_layers) != levels or len(self.pools) != levels - 1:
+            raise ValueError(
+                "d_model and n_layers need one entry a level and pools one fewer; got "
+                f"d_model={self.d_model}, n_layers={self.n_layers}, pools={self.pools}"
+            )
+        rules: list[tuple[bool, str]] = [
+            (1 <= self.n_outputs <= self.vocab_size, "1 <= n_outputs <= vocab_size"),
+            (min(self.d_model) >= 1, "every d_model >= 1"),
+            (min(self.n_layers) >= 0, "every n_layers >= 0"),
+            (all(p >= 2 for p in self.pools), "every pool >= 2"),
+            (self.layer in LAYERS, f"layer is one of {', '.join(LAYERS)}"),
+            (self.head in HEADS, f"head is one of {', '.join(HEADS)}"),
+            (self.d_state >= 2 and self.d_state % 2 == 0, "d_state is even and >= 2"),
+            (self.l_max >= 1, "l_max >= 1"),
+            (0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max"),
+            (self.expand >= 1, "expand >= 1"),
+            (0 <= self.dropout < 1, "0 <= dropout < 1"),
+            (all(k >= 1 for k in self.taps), "every tap >= 1"),
+            (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
+        ]
+        broken = [rule for holds, rule in rules if not holds]
+        if broken:
+            raise ValueError(f"the model config must satisfy: {'; '.join(broken)}; got {self}")
+
+    @property
+    def period(self) -> int:
+        """Tokens after which the phases of all pools repeat."""
+        return math.prod(self.pools)
+
+    @property
+    def channels(self) -> int:
+        """Values per pixel, 1 for text and sound."""
+        return self.image_shape[2] if self.image_shape else 1
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that treats the rows of a (B, features) input one by one.
+
+    A batched product may round a row differently in other company; stepping uses (B, features),
+    so a sample depends on its own seed and prompt alone. Sequences (B, L, features) are unaffected.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 2:
+            return super().forward(input)
+        weight = self.weight.mT.expand(input.shape[0], -1, -1)
+        y = torch.bmm(input[:, None], weight)[:, 0]
+        return y if self.bias is None else y + self.bias
+
+
+class Mixer(nn.Module):
+    """What follows the state space layer, position by position: gated linear, then feed-forward."""
+
+    def __init__(self, d_model: int, expand: int, dropout: float) -> None:
+        super().__init__()
+        self.gate = Linear(d_model, 2 * d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.up = Linear(d_model, expand * d_model)
+        self.down = Linear(expand * d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Residual x and layer output y, both (…, H) → (…, H)."""
+        x = x + self.dropout(F.glu(self.gate(F.gelu(y)), -1))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Block(nn.Module):
+    """Norm, state space layer, mixer, with residuals: (B, L, H) → (B, L, H)."""
+
+    def __init__(self, ssm: StateSpace, d_model: int, expand: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.ssm = ssm
+        self.mixer = Mixer(d_model, expand, dropout)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.mixer(u, self.ssm(self.norm(u)))
+
+    def to_recurrent(self) -> "RecurrentBlock":
+        return RecurrentBlock(_frozen(self.norm), self.ssm.to_recurrent(), _frozen(self.mixer))
+
+
+class Pool(nn.Module):
+    """u + up(inner(down(groups of u))), delayed by one group so that it stays causal."""
+
+    def __init__(self, d_model: int, d_inner: int, stride: int, inner: "Stack") -> None:
+        super().__init__()
+        self.stride = stride
+        self.down = Linear(stride * d_model, d_inner)
+        self.inner = inner
+        self.up = Linear(d_inner, stride * d_model)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, L, H) of any length; a group counts once it is complete."""
+        batch, length, H = u.shape
+        groups = length // self.stride
+        grouped = u[:, : groups * self.stride].reshape(batch, groups, self.stride * H)
+        z = self.up(self.inner(self.down(grouped))).view(batch, groups * self.stride, H)
+        return u + F.pad(z, (0, 0, self.stride, 0))[:, :length]
+
+    def to_recurrent(self) -> "RecurrentPool":
+        inner = self.inner.to_recurrent()
+        return RecurrentPool(self.stride, _frozen(self.down), inner, _frozen(self.up))
+
+
+class Stack(nn.Module):
+    """Layers in sequence."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, u: Tensor) -> Tensor:
+        for layer in self.layers:
+            u = layer(u)
+        return u
+
+    def to_recurrent(self) -> "RecurrentStack":
+        return RecurrentStack([layer.to_recurrent() for layer in self.layers])
+
+
+def build_stack(config: ModelConfig, level: int = 0) -> Stack:
+    """The stack of a level: the pool that holds the levels below it, then its blocks."""
+    d_model, stride = config.d_model[level], math.prod(config.pools[:level])
+    layers: list[nn.Module] = []
+    if level < len(config.pools):
+        inner = build_stack(config, level + 1)
+        layers.append(Pool(d_model, config.d_model[level + 1], config.pools[level], inner))
+    for _ in range(config.n_layers[level]):
+        ssm = LAYERS[config.layer](
+            d_model,
+            config.d_state,
+            max(1, config.l_max // stride),
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+        )
+        layers.append(Block(ssm, d_model, config.expand, config.dropout))
+    return Stack(layers)
+
+
+class PhasedLinear(nn.Module):
+    """A linear map with its own weights for each phase of the position (each channel of a pixel)."""
+
+    def __init__(self, n_in: int, n_out: int, phases: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(n_in)
+        self.weight = nn.Parameter(torch.empty(phases, n_out, n_in).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        """x (B, L, n_in), whose first entry stands at ``position`` → (B, L, n_out)."""
+        phases = self.weight.shape[0]
+        y = x.new_empty(*x.shape[:-1], self.weight.shape[1])
+        for i in range(min(phases, x.shape[1])):
+            w = self.weight[(position + i) % phases].to(x.dtype)
+            # Row by row for a single position, as in Linear.
+            rows = x[:, i::phases]
+            y[:, i::phases] = torch.bmm(rows, w.mT.expand(rows.shape[0], -1, -1))
+        return y
+
+
+class Inputs(nn.Module):
+    """Tokens to features: token embedding, earlier values as numbers, position in an image."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_model = config.d_model[0]
+        self.config = config
+        self.reach = max(config.taps, default=1) - 1  # tokens before the current one that are read
+        self.embedding = nn.Embedding(config.vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.taps = PhasedLinear(len(config.taps), d_model, config.channels) if config.taps else None
+        self.prediction = None
+        if config.head == "logistics":
+            self.prediction = PhasedLinear(len(config.taps), 1, config.channels)
+            near = {config.channels}  # the same channel of the pixel to the left, and above
+            if config.image_shape:
+                near.add(config.image_shape[1] * config.channels)
+            weights = [0.5 if k in near else 0.0 for k in config.taps]
+            with torch.no_grad():
+                self.prediction.weight[:] = torch.tensor(weights)
+        self.positions = nn.ParameterList(
+            nn.Parameter(torch.zeros(size, d_model)) for size in config.image_shape or ()
+        )
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Values of the tokens on [-1, 1]; 0 for boundaries, labels and NOTHING."""
+        top = 255
+        inside = (tokens >= 0) & (tokens <= top)
+        dtype = self.embedding.weight.dtype
+        return torch.where(inside, tokens.to(dtype) * (2 / top) - 1, 0.0)
+
+    def forward(self, window: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+        """window (B, reach + L): the tokens at position … position + L - 1 and ``reach`` before.
+
+        Returns features (B, L, H) and, for the logistics head, a linear prediction of the next
+        value (B, L, 1).
+        """
+        length = window.shape[1] - self.reach
+        x = self.embedding(window[:, self.reach :])
+        prediction = None
+        if self.taps is not None:
+            values = self.values(window)
+            last = self.reach + 1
+            columns = [values[:, last - k : last - k + length] for k in self.config.taps]
+            tapped = torch.stack(columns, -1)  # (B, L, taps)
+            x = x + self.taps(tapped, position)
+            if self.prediction is not None:
+                prediction = self.prediction(tapped, position)
+        if self.config.image_shape is not None:
+            rows, columns, channels = self.config.image_shape
+            t = torch.arange(position, position + length, device=window.device)
+            row = (t // (columns * channels)).clamp(max=rows - 1)
+            for table, index in zip(
+                self.positions, (row, t // channels % columns, t % channels), strict=True
+            ):
+                x = x + table[index]
+        return x, prediction
+
+
+class Softmax(nn.Module):
+    """One logit a token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.d_model[0], config.n_outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
+        """features (…, H) → (…, V)."""
+        return self.linear(features).float()
+
+    def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
+        """Log-likelihood of target (…) in nats, (…)."""
+        logits = self.logits(features, prediction)
+        return -F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(
+            target.shape
+        )
+
+
+class Logistics(nn.Module):
+    """A mixture of logistics over [-1, 1], integrated over the bin of each value.
+
+    Means are offsets from a linear prediction out of earlier values. The outermost bins reach to
+    infinity, so the probabilities sum to one. Source: PixelCNN++ (arXiv 1701.05517), Section 2.1;
+    bins are integrated by an exact identity instead of switching to the density in the tails.
+    """
+
+    mixtures = 10
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_outputs = config.n_outputs
+        self.linear = Linear(config.d_model[0], 3 * self.mixtures)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():
+            self.linear.bias[self.mixtures : 2 * self.mixtures] = torch.linspace(
+                -1, 1, self.mixtures
+            )
+
+    def _mixture(
+        self, features: Tensor, prediction: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights, means and inverse scales, each (…, mixtures)."""
+        assert prediction is not None
+        weight, offset, log_scale = self.linear(features).float().chunk(3, -1)
+        mean = prediction.float() + 0.3 * offset
+        inverse = torch.exp(-(log_scale - 2.5).clamp(min=-7.0))
+        return F.log_softmax(weight, -1), mean, inverse
+
+    def _log_mass(
+        self, log_weight: Tensor, mean: Tensor, inverse: Tensor, values: Tensor
+    ) -> Tensor:
+        """Log-probability of integer values (…) under mixtures (…, mixtures), broadcast."""
+        top = self.n_outputs - 1
+        half = 1 / top
+        centred = (values.float() * (2 * half) - 1)[..., None] - mean
+        first, last = (values == 0)[..., None], (values == top)[..., None]
+        # σ(b) - σ(a) = σ(b) σ(-a) (1 - exp(a - b)), without cancellation
+        width = torch.log(-torch.expm1(-2 * half * inverse)).expand_as(centred)
+        log_p = (
+            F.logsigmoid((centred + half) * inverse).masked_fill(last, 0.0)
+            + F.logsigmoid((half - centred) * inverse).masked_fill(first, 0.0)
+            + width.masked_fill(first | last, 0.0)
+        )
+        return torch.logsumexp(log_p + log_weight, -1)
+
+    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
+        """features (…, H), prediction (…, 1) → normalised log-probabilities (…, V)."""
+        values = torch.arange(self.n_outputs, device=features.device)
+        mixture = [part[..., None, :] for part in self._mixture(features, prediction)]
+        return self._log_mass(*mixture, values)
+
+    def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
+        """Log-likelihood of target (…) in nats, (…)."""
+        return self._log_mass(*self._mixture(features, prediction), target)
+
+
+HEADS: dict[str, Callable[[ModelConfig], Softmax | Logistics]] = {
+    "softmax": Softmax,
+    "logistics": Logistics,
+}
+
+
+class SequenceModel(nn.Module):
+    """An autoregressive model of token sequences in the convolutional view.
+
+    The prediction at position t is of the token after ``tokens[:, t]``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inputs = Inputs(config)
+        self.stack = build_stack(config)
+        self.norm = nn.LayerNorm(config.d_model[0])
+        self.head = HEADS[config.head](config)
+
+    def features(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens (B, L) → what the head reads: features (B, L, H), prediction (B, L, 1) or None."""
+        _check_tokens(tokens, self.config)
+        window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
+        x, prediction = self.inputs(window, 0)
+        return self.norm(self.stack(x)), prediction
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) → logits (B, L, V)."""
+        return self.head.logits(*self.features(tokens))
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """Log-likelihood of tokens[:, 1:] given those before, in nats: (B, L) → (B, L - 1)."""
+        features, prediction = self.features(tokens[:, :-1])
+        return self.head.log_prob(features, prediction, tokens[:, 1:])
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by how they are trained.
+
+        "dynamics": Λ, Δ and the like, declared by the layers; "matrices": hidden linear maps;
+        "others": embeddings, norms, biases, output matrices C and D, the head.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"dynamics": [], "matrices": [], "others": []}
+        seen: set[nn.Parameter] = set()
+        for module in self.modules():
+            if isinstance(module, StateSpace):
+                seen.update(own := [getattr(module, name) for name in module.dynamics])
+                groups["dynamics"] += own
+        for module in self.stack.modules():
+            if isinstance(module, Linear):
+                seen.add(module.weight)
+                groups["matrices"].append(module.weight)
+        groups["others"] = [p for p in self.parameters() if p not in seen]
+        return groups
+
+
+def _check_tokens(tokens: Tensor, config: ModelConfig) -> None:
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"tokens must be integers of shape (B, L), got {tuple(tokens.shape)} {tokens.dtype}"
+        )
+    if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size):
+        raise ValueError(
+            f"token ids must lie in 0 … {config.vocab_size - 1}, "
+            f"got {int(tokens.min())} … {int(tokens.max())}"
+        )
+
+
+def _frozen(module: M) -> M:
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+class RecurrentBlock(nn.Module):
+    """``Block`` one position, or one piece of a prompt, at a time."""
+
+    def __init__(self, norm: nn.Module, ssm: RecurrentStateSpace, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.ssm, self.mixer = norm, ssm, mixer
+
+    def initial_state(self, batch: int) -> Tensor:
+        return self.ssm.initial_state(batch)
+
+    def prefill(self, u: Tensor, state: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        y, state = self.ssm.prefill(self.norm(u), state)
+        return self.mixer(u, y), state
+
+    def step(self, u: Tensor, state: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        y, state = self.ssm.step(self.norm(u), state)
+        return self.mixer(u, y), state
+
+
+class RecurrentPool(nn.Module):
+    """``Pool`` by the phase ``position % stride``.
+
+    State: ``group (B, stride, H)``, the inputs of the group being filled; ``queue``, of the same
+    shape, what the last complete group adds to this one; and the state of the inner stack.
+    """
+
+    def __init__(self, stride: int, down: nn.Module, inner: "RecurrentStack", up: nn.Module) -> None:
+        super().__init__()
+        self.stride, self.down, self.inner, self.up = stride, down, inner, up
+
+    def initial_state(self, batch: int) -> tuple:
+        weight = self.down.weight
+        empty = weight.new_zeros(batch, self.stride, weight.shape[1] // self.stride)
+        return empty, empty, self.inner.initial_state(batch)
+
+    def prefill(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
+        group, queue, inner = state
+        phase = position % self.stride
+        joined = torch.cat([group[:, :phase], u], 1)  # from the start of the current group
+        batch, length, H = joined.shape
+        full = length - length % self.stride
+        grouped = joined[:, :full].reshape(batch, -1, self.stride * H)
+        z, inner = self.inner.prefill(self.down(grouped), inner, position // self.stride)
+        queue = torch.cat([queue, self.up(z).reshape(batch, full, H)], 1)
+        y = u + queue[:, phase:length]
+        group = F.pad(joined[:, full:], (0, 0, 0, self.stride - (length - full)))
+        return y, (group, queue[:, full:], inner)
+
+    def step(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
+        group, queue, inner = state
+        phase = position % self.stride
+        y = u + queue[:, phase]
+        group = torch.cat([group[:, :phase], u[:, None], group[:, phase + 1 :]], 1)
+        if phase == self.stride - 1:
+            z, inner = self.inner.step(self.down(group.flatten(1)), inner, position // self.stride)
+            queue, group = self.up(z).view_as(group), torch.zeros_like(group)
+        return y, (group, queue, inner)
+
+
+class RecurrentStack(nn.Module):
+    """``Stack`` with one state a layer."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def initial_state(self, batch: int) -> tuple:
+        return tuple(layer.initial_state(batch) for layer in self.layers)
+
+    def prefill(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
+        states = []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            u, layer_state = layer.prefill(u, layer_state, position)
+            states.append(layer_state)
+        return u, tuple(states)
+
+    def step(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
+        states = []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            u, layer_state = layer.step(u, layer_state, position)
+            states.append(layer_state)
+        return u, tuple(states)
+
+
+class State(NamedTuple):
+    """All that a recurrent model remembers; its size does not depend on the tokens read."""
+
+    position: Tensor  # () int64 on the CPU: tokens read
+    history: Tensor  # (B, reach) int64: the last tokens, for the taps
+    layers: tuple  # nested as the model is
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, depth first."""
+
+        def walk(node: Tensor | tuple) -> list[Tensor]:
+            return [node] if isinstance(node, Tensor) else [t for child in node for t in walk(child)]
+
+        return walk(tuple(self))
+
+    def rows(self, index: Tensor) -> "State":
+        """The state of the batch rows ``index``: repeat, drop or reorder sequences."""
+
+        def pick(node: Tensor | tuple) -> Tensor | tuple:
+            return node[index] if isinstance(node, Tensor) else tuple(map(pick, node))
+
+        return State(self.position, self.history[index], tuple(map(pick, self.layers)))
+
+
+class RecurrentModel(nn.Module):
+    """A ``SequenceModel`` as a recurrence: constant time and memory per token."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__()
+        self.config = model.config
+        self.inputs = _frozen(model.inputs)
+        self.stack = model.stack.to_recurrent()
+        self.norm = _frozen(model.norm)
+        self.head = _frozen(model.head)
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before any token."""
+        device = self.norm.weight.device
+        history = torch.full((batch, self.inputs.reach), NOTHING, device=device)
+        return State(torch.tensor(0), history, self.stack.initial_state(batch))
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Read tokens (B, L) in parallel, from any state → logits (B, L, V) and the state after."""
+        _check_tokens(tokens, self.config)
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        position = int(state.position)
+        window = torch.cat([state.history, tokens], 1)
+        x, prediction = self.inputs(window, position)
+        x, layers = self.stack.prefill(x, state.layers, position)
+        history = window[:, tokens.shape[1] :]
+        return (
+            self.head.logits(self.norm(x), prediction),
+            State(state.position + tokens.shape[1], history, layers),
+        )
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one token (B,) → logits (B, V) of the next, and the state after."""
+        position = int(state.position)
+        window = torch.cat([state.history, token[:, None]], 1)
+        x, prediction = self.inputs(window, position)
+        x, layers = self.stack.step(x[:, 0], state.layers, position)
+        if prediction is not None:
+            prediction = prediction[:, 0]
+        return (
+            self.head.logits(self.norm(x), prediction),
+            State(state.position + 1, window[:, 1:], layers),
+        )
+
+
+def to_recurrent(model: SequenceModel) -> RecurrentModel:
+    """Convert a trained model to the recurrence that computes the same logits; the model is copied."""
+    return RecurrentModel(model).eval()

@@ -1,0 +1,134 @@
+"""Named experiments: codec, model and training settings that belong together."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from genssm.model import ModelConfig
+
+DIGITS = tuple("0123456789")
+CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Rates are per step, before the schedule's factor."""
+
+    batch_size: int = 8  # sequences a step
+    length: int = 1024  # longest training sequence, in tokens
+    steps: int = 20_000  # steps of a training without a limit in minutes
+    lr: float = 3e-3  # AdamW
+    matrix_lr: float = 0.02  # Muon
+    weight_decay: float = 0.01  # on the matrices
+    warmup: int = 50  # steps
+    decay: float = 0.6  # last part of the training, in which the rates fall to zero
+    clip: float = 1.0  # largest norm of the gradient
+    flip: bool = False  # mirror half of the pictures
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "length", "steps", "lr", "matrix_lr", "decay", "clip")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.decay > 1:
+            raise ValueError(f"decay must be at most 1, got {self.decay}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``codec`` are the settings of the modality's codec, ``model`` those of ``ModelConfig``
+    other than vocab_size, n_outputs and l_max, which follow from the codec and the training."""
+
+    modality: str
+    codec: dict[str, Any]
+    model: dict[str, Any]
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def changed(self, settings: dict[str, Any]) -> Recipe:
+        """A copy with settings of codec, model or training replaced by name."""
+        codec, model, train = dict(self.codec), dict(self.model), {}
+        derived = {"vocab_size", "n_outputs", "l_max"}
+        model_names = {f.name for f in fields(ModelConfig)} - derived
+        train_names = {f.name for f in fields(TrainConfig)}
+        for name, value in settings.items():
+            if name in codec:
+                codec[name] = value
+            elif name in model_names:
+                model[name] = value
+            elif name in train_names:
+                train[name] = value
+            else:
+                known = sorted({*codec, *model_names, *train_names})
+                raise ValueError(f"unknown setting {name!r}; known: {', '.join(known)}")
+        return replace(self, codec=codec, model=model, train=replace(self.train, **train))
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """["d_state=64", "pools=3,4", "layer=s4"] → {"d_state": 64, "pools": (3, 4), "layer": "s4"}."""
+    settings = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"a setting must read key=value, got {pair!r}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        settings[name.strip()] = value
+    return settings
+
+
+_ABOVE = 96  # values in a row of a 32×32 RGB picture
+CIFAR_TAPS = (
+    *range(1, 16),  # up to five pixels to the left
+    *range(_ABOVE - 12, _ABOVE + 10),  # the row above, from four pixels right to three left
+    *range(2 * _ABOVE - 6, 2 * _ABOVE + 7),  # two rows above
+)
+
+RECIPES: dict[str, Recipe] = {
+    "wiki": Recipe(
+        modality="text",
+        codec={"vocab_size": 4096},
+        model={"d_model": (256,), "n_layers": (6,), "d_state": 32},
+        train=TrainConfig(batch_size=8, length=512),
+    ),
+    "cifar10": Recipe(
+        modality="image",
+        codec={"height": 32, "width": 32, "channels": 3, "labels": CIFAR10},
+        model={
+            "d_model": (64, 192, 320),
+            "n_layers": (2, 4, 2),
+            "pools": (3, 4),
+            "d_state": 32,
+            "head": "logistics",
+            "taps": CIFAR_TAPS,
+            "image_shape": (32, 32, 3),
+        },
+        train=TrainConfig(batch_size=4, length=3072, flip=True),
+    ),
+    "digits": Recipe(
+        modality="audio",
+        codec={"rate": 8000, "labels": DIGITS},
+        model={
+            "d_model": (64, 128, 256),
+            "n_layers": (4, 4, 4),
+            "pools": (4, 4),
+            "d_state": 32,
+        },
+        train=TrainConfig(batch_size=8, length=8192),
+    ),
+}

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from genssm.layers import LAYERS, RecurrentStateSpace, StateSpace
 
@@ -112,8 +113,8 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual x and layer output y, both (…, H) → (…, H)."""
-        x = x + self.dropout(F.glu(self.gate(F.gelu(y)), -1))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+        x = x + self.dropout(F.glu(self.gate(F.silu(y)), -1))
+        return x + self.dropout(self.down(F.silu(self.up(self.norm(x)))))
 
 
 class Block(nn.Module):
@@ -269,6 +270,48 @@ class Inputs(nn.Module):
         return x, prediction
 
 
+class _LinearLogProb(torch.autograd.Function):
+    """log softmax(W x + b)[target] in slices that stay in cache, keeping only the probabilities."""
+
+    rows = 512
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        """x (T, H), weight (V, H), bias (V,), target (T,) → (T,) float32."""
+        probabilities = torch.empty(len(x), len(weight), device=x.device)
+        log_p = torch.empty(len(x), device=x.device)
+        for i in range(0, len(x), _LinearLogProb.rows):
+            part = slice(i, i + _LinearLogProb.rows)
+            logits = probabilities[part]
+            if x.dtype == logits.dtype:
+                torch.addmm(bias, x[part], weight.mT, out=logits)
+            else:
+                logits.copy_(torch.addmm(bias, x[part], weight.mT))
+            logits -= logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target[part, None])[:, 0]
+            total = logits.exp_().sum(-1, keepdim=True)
+            log_p[part] = chosen - total[:, 0].log()
+            logits /= total
+        ctx.save_for_backward(x, weight, target, probabilities)
+        return log_p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, target, probabilities = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        dbias = torch.zeros_like(weight[:, 0])
+        for i in range(0, len(x), _LinearLogProb.rows):
+            part = slice(i, i + _LinearLogProb.rows)
+            scale = g[part, None]
+            dlogits = probabilities[part] * -scale
+            dlogits = dlogits.scatter_add_(-1, target[part, None], scale).to(x.dtype)
+            torch.mm(dlogits, weight, out=dx[part])
+            dweight.addmm_(dlogits.mT, x[part])
+            dbias += dlogits.sum(0)
+        return dx, dweight, dbias, None
+
+
 class Softmax(nn.Module):
     """One logit a token."""
 
@@ -284,10 +327,18 @@ class Softmax(nn.Module):
 
     def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
         """Log-likelihood of target (…) in nats, (…)."""
-        logits = self.logits(features, prediction)
-        return -F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(
-            target.shape
-        )
+        device = features.device.type
+        dtype = features.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            log_p = _LinearLogProb.apply(
+                features.flatten(0, -2).to(dtype),
+                self.linear.weight.to(dtype),
+                self.linear.bias.to(dtype),
+                target.flatten(),
+            )
+        return log_p.view(target.shape)
 
 
 class Logistics(nn.Module):

@@ -129,6 +129,6 @@ RECIPES: dict[str, Recipe] = {
             "pools": (4, 4),
             "d_state": 32,
         },
-        train=TrainConfig(batch_size=8, length=8192),
+        train=TrainConfig(batch_size=4, length=8192),
     ),
 }

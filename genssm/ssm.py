@@ -73,13 +73,14 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
     return torch.stack(kernel, -1) if kernel else B_bar.new_zeros(*B_bar.shape[:-1], 0)
 
 
-def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int, factor: int = 64) -> Tensor:
+def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     """K_k = Re Σ_n c_n exp(k log_a_n) for k < length: the kernel of a diagonal model.
 
     ``c, log_a (H, n)`` complex → ``(H, length)`` real.  With k = factor·j + i the Vandermonde matrix
     is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the (H, n, L) tensor is never
-    made: one batched product of two small real matrices, in O(L·(n + n/factor)) per feature.
+    made: one batched product of two small real matrices, with O(n √L) exponentials per feature.
     """
+    factor = 1 << max(0, round(math.log2(max(1, length)) / 2))
     rows = -(-length // factor)
     fine = torch.arange(factor, device=c.device, dtype=c.real.dtype)
     coarse = factor * torch.arange(rows, device=c.device, dtype=c.real.dtype)

@@ -238,7 +238,7 @@ def _step(
     if bool(norm.isfinite()):
         for optimizer in optimizers:
             optimizer.step()
-    return float(loss) / _LN2
+    return float(loss.detach()) / _LN2
 
 
 def _has_bfloat16(device: torch.device) -> bool:

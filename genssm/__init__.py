@@ -1,0 +1,36 @@
+"""genssm: write, draw and speak with state space models.
+
+Trained by convolution, converted once, sampled by recurrence in constant time per token.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genssm.model import ModelConfig, SequenceModel, to_recurrent
+    from genssm.pipeline import Pipeline, Sample, load
+
+__version__ = "0.1.0"
+
+__all__ = ["ModelConfig", "Pipeline", "Sample", "SequenceModel", "load", "to_recurrent"]
+
+# Imported on first use, so that ``genssm --help`` does not wait for torch.
+_HOMES = {
+    "ModelConfig": "genssm.model",
+    "SequenceModel": "genssm.model",
+    "to_recurrent": "genssm.model",
+    "Pipeline": "genssm.pipeline",
+    "Sample": "genssm.pipeline",
+    "load": "genssm.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    try:
+        return import_module(f"genssm.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"genssm.{name}":
+            raise
+        raise AttributeError(f"module 'genssm' has no attribute {name!r}") from None

@@ -32,6 +32,7 @@ class Checkpoint:
     codec: Codec
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    probe: tuple[int, ...] = ()  # real tokens, on which the two views of the model are compared
 
     def to_config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -41,11 +42,16 @@ class Checkpoint:
             "model": asdict(self.model.config),
             "training": self.training,
             "metrics": self.metrics,
+            "probe": list(self.probe),
         }
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be found or read; the message says why and what to do."""
+
+
+class UnknownModelError(CheckpointError):
+    """A name that is neither a shipped model, nor a folder, nor a Hub id."""
 
 
 def shipped_folders() -> dict[str, Path]:
@@ -72,7 +78,7 @@ def resolve(name: str) -> Path:
         return _download(name)
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise CheckpointError(
+    raise UnknownModelError(
         f"there is no model {name!r}; {hint}known: {', '.join(shipped) or 'none'}; "
         "or give a checkpoint folder or a Hugging Face id owner/name"
     )
@@ -121,9 +127,11 @@ def load(name: str | Path) -> Checkpoint:
         f"has format version {version}, this genssm reads {FORMAT_VERSION}; "
         + ("upgrade genssm" if str(version) > str(FORMAT_VERSION) else "convert or retrain it"),
     )
-    sections = {"format_version", "codec", "model", "training", "metrics"}
-    check(set(config) == sections, f"must have exactly the sections {sorted(sections)}")
-    check(all(isinstance(config[s], dict) for s in sections - {"format_version"}), "is damaged")
+    sections = {"codec": dict, "model": dict, "training": dict, "metrics": dict, "probe": list}
+    names = sorted(["format_version", *sections])
+    check(sorted(config) == names, f"must have exactly the sections {', '.join(names)}")
+    for section, kind in sections.items():
+        check(isinstance(config[section], kind), f"has a damaged section {section!r}")
     try:
         codec = codec_from_config(config["codec"], folder)
         known = {f.name for f in fields(ModelConfig)}
@@ -150,7 +158,12 @@ def load(name: str | Path) -> Checkpoint:
     finite = all(bool(t.isfinite().all()) for t in tensors.values())
     check(finite, "holds weights that are not finite numbers")
     model.load_state_dict({k: t.float() for k, t in tensors.items()})
-    return Checkpoint(model.eval(), codec, config["training"], config["metrics"])
+    probe = config["probe"]
+    check(
+        all(isinstance(t, int) and 0 <= t < model.config.vocab_size for t in probe),
+        "has a damaged section 'probe'",
+    )
+    return Checkpoint(model.eval(), codec, config["training"], config["metrics"], tuple(probe))
 
 
 def storage_dtypes(model: SequenceModel) -> dict[str, torch.dtype]:

@@ -223,6 +223,20 @@ class Image(Codec):
             )
         return array
 
+    def fit(self, array: np.ndarray) -> np.ndarray:
+        """Crop the centre of a picture uint8 (h, w, C) of any size and scale it to this shape."""
+        import PIL.Image
+        import PIL.ImageOps
+
+        height, width, channels = self.shape
+        if array.shape == self.shape:
+            return array
+        if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
+            raise ValueError(f"a picture must be (h, w, {channels}), got {array.shape}")
+        picture = PIL.Image.fromarray(array if channels == 3 else array[..., 0])
+        fitted = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
+        return np.asarray(fitted).reshape(self.shape)
+
     def encode(self, raw: Raw, label: str | None = None) -> Tensor:
         return self._with_start(self.array(raw).reshape(-1), label)
 

@@ -286,7 +286,9 @@ class ClipBatches:
     def batch(self, step: int) -> Batch:
         per_group = self.shuffled.size // self.batch_size
         if per_group == 0:
-            raise ValueError(f"a batch of {self.batch_size} needs more than {len(self.clips)} clips")
+            raise ValueError(
+                f"a batch of {self.batch_size} needs more than {len(self.clips)} clips"
+            )
         turn, at = divmod(step, per_group)
         chosen = sorted(self.shuffled.indices(turn), key=lambda i: len(self.clips[i][0]))
         order = _random(self.seed, turn, 1).permutation(per_group)

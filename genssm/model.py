@@ -221,7 +221,9 @@ class Inputs(nn.Module):
         self.reach = max(config.taps, default=1) - 1  # tokens before the current one that are read
         self.embedding = nn.Embedding(config.vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.taps = PhasedLinear(len(config.taps), d_model, config.channels) if config.taps else None
+        self.taps = (
+            PhasedLinear(len(config.taps), d_model, config.channels) if config.taps else None
+        )
         self.prediction = None
         if config.head == "logistics":
             self.prediction = PhasedLinear(len(config.taps), 1, config.channels)
@@ -498,7 +500,9 @@ class RecurrentPool(nn.Module):
     shape, what the last complete group adds to this one; and the state of the inner stack.
     """
 
-    def __init__(self, stride: int, down: nn.Module, inner: "RecurrentStack", up: nn.Module) -> None:
+    def __init__(
+        self, stride: int, down: nn.Module, inner: "RecurrentStack", up: nn.Module
+    ) -> None:
         super().__init__()
         self.stride, self.down, self.inner, self.up = stride, down, inner, up
 
@@ -567,7 +571,9 @@ class State(NamedTuple):
         """All tensors, depth first."""
 
         def walk(node: Tensor | tuple) -> list[Tensor]:
-            return [node] if isinstance(node, Tensor) else [t for child in node for t in walk(child)]
+            return (
+                [node] if isinstance(node, Tensor) else [t for child in node for t in walk(child)]
+            )
 
         return walk(tuple(self))
 

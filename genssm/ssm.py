@@ -56,9 +56,7 @@ def discretize(
         raise ValueError(f"the interval dt must be positive, got {float(interval.min())}")
     lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], interval.shape)
     N = A.shape[-1]
-    return DISCRETIZATIONS[method](
-        A.expand(*lead, N, N), B.expand(*lead, N), interval.expand(lead)
-    )
+    return DISCRETIZATIONS[method](A.expand(*lead, N, N), B.expand(*lead, N), interval.expand(lead))
 
 
 def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
@@ -105,7 +103,10 @@ def cauchy_kernel(
     """
     real = C_tilde.real.dtype
     z = torch.exp(
-        -2j * math.pi * torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device) / length
+        -2j
+        * math.pi
+        * torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device)
+        / length
     )
     alpha = (2 / dt)[:, None] * (1 - z).to(C_tilde.dtype)  # (H, F)
     beta = (1 + z).to(C_tilde.dtype)  # (F,)

@@ -38,6 +38,7 @@ from genssm.optim import build_optimizers, rate
 from genssm.recipes import Recipe
 
 _LN2 = math.log(2)
+PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def train(
     *,
     minutes: float | None = None,
     resume: bool = False,
+    start: str | None = None,
     save_minutes: float = 5.0,
     validate_minutes: float = 10.0,
     validation_limit: int | None = None,
@@ -134,7 +136,8 @@ def train(
 
     The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives
     ``state.safetensors`` (from which ``resume`` goes on exactly), ``log.csv`` and ``checkpoint/``.
-    SIGTERM and Ctrl-C save before they end the training. Raises ValueError for unusable data or
+    ``start`` names a checkpoint of the same shape to begin with (its tokenizer included). SIGTERM
+    and Ctrl-C save before they end the training. Raises ValueError for unusable data or
     settings, and FileExistsError for a folder with a training that is not to be resumed.
     """
     state_file, target = out / "state.safetensors", out / "checkpoint"
@@ -142,9 +145,12 @@ def train(
         raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
     if resume and not state_file.exists():
         raise ValueError(f"{str(out)!r} holds no training to resume")
+    if resume and start is not None:
+        raise ValueError("a resumed training goes on from its own weights, not from a checkpoint")
+    source = None if start is None else checkpoints.load(start)
     settings = recipe.train
     out.mkdir(parents=True, exist_ok=True)
-    codec, batches = _prepare(recipe, data, out)
+    codec, batches = _prepare(recipe, data, out, source)
     validation = list(_validation_examples(recipe, codec, data, validation_limit))
     torch.manual_seed(settings.seed)
     config = ModelConfig(
@@ -154,10 +160,14 @@ def train(
         **recipe.model,
     )
     model = SequenceModel(config)
-    optimizers = build_optimizers(
-        model, settings.lr, settings.matrix_lr, settings.weight_decay
-    )
+    optimizers = build_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
     run = _Run(model, optimizers)
+    if source is not None:
+        if source.model.config.vocab_size != config.vocab_size or not _same_shapes(
+            source.model, model
+        ):
+            raise ValueError(f"the model {start!r} has another shape than the recipe's")
+        model.load_state_dict(source.model.state_dict())
     if resume:
         run.restore(state_file, recipe)
 
@@ -209,6 +219,12 @@ def train(
     return target
 
 
+def _same_shapes(a: nn.Module, b: nn.Module) -> bool:
+    return {k: t.shape for k, t in a.state_dict().items()} == {
+        k: t.shape for k, t in b.state_dict().items()
+    }
+
+
 def _fraction(run: _Run, steps: int, minutes: float | None) -> float:
     return run.step / steps if minutes is None else run.seconds / (60 * minutes)
 
@@ -225,7 +241,10 @@ def _step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     device = model.norm.weight.device
-    with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, _has_bfloat16(device)):
+    with (
+        torch.random.fork_rng(),
+        torch.autocast(device.type, torch.bfloat16, _has_bfloat16(device)),
+    ):
         torch.manual_seed(seed)  # dropout
         nats = -model.log_prob(batch.tokens.to(device))
     if batch.weights is None:
@@ -249,15 +268,20 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
-def _prepare(recipe: Recipe, data: Path, out: Path) -> tuple[Codec, Callable[[int], Batch]]:
+def _prepare(
+    recipe: Recipe, data: Path, out: Path, start: checkpoints.Checkpoint | None
+) -> tuple[Codec, Callable[[int], Batch]]:
     """The codec (a tokenizer is trained once) and the function from a step to its batch."""
     settings = recipe.train
     source = find_split(data, "train", recipe.modality)
     if recipe.modality == "text":
+        if start is not None and isinstance(start.codec, Text):
+            tokenizer = start.codec.tokenizer
+            checkpoints.replace_file(
+                out / "tokenizer.model", lambda file: file.write_bytes(tokenizer)
+            )
         text, stream = _tokenize(source, out, recipe.codec["vocab_size"])
-        return text, TextBatches(
-            stream, settings.batch_size, settings.length, settings.seed
-        ).batch
+        return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
     if recipe.modality == "image":
         image = Image(**recipe.codec)
         if source.suffix == ".npy":
@@ -286,11 +310,14 @@ def _stack_pictures(
 def _tokenize(source: Path, out: Path, vocab_size: int) -> tuple[Text, np.ndarray]:
     """Tokenizer and token stream of a text, made once and kept in ``out``."""
     tokenizer, stream = out / "tokenizer.model", out / "tokens.npy"
-    if not (tokenizer.exists() and stream.exists()):
+    if not tokenizer.exists():
         documents = list(read_documents(source))
         budget = 20_000_000 // max(1, len(documents))  # characters that the tokenizer learns from
-        codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
-        checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(codec.tokenizer))
+        learned = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
+        checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(learned.tokenizer))
+    if not stream.exists():
+        codec = Text(tokenizer.read_bytes())
+        documents = read_documents(source)
         encoded = [codec.encode(text).numpy().astype(np.uint16) for text in documents]
         checkpoints.replace_file(stream, lambda file: np.save(file, np.concatenate(encoded)))
     return Text(tokenizer.read_bytes()), np.load(stream, mmap_mode="r")
@@ -324,7 +351,10 @@ def _validate(
             "threads": torch.get_num_threads(),
         }
         metrics = {"validation subset": {"value": measured.value, "unit": measured.unit}}
-        checkpoints.save(checkpoints.Checkpoint(run.model, codec, training, metrics), target)
+        probe = codec.encode(examples[0].raw, examples[0].label)[:PROBE].tolist()
+        checkpoints.save(
+            checkpoints.Checkpoint(run.model, codec, training, metrics, tuple(probe)), target
+        )
     return measured.value
 
 

@@ -1,0 +1,340 @@
+"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from genssm.files import Output
+    from genssm.pipeline import Pipeline, Sample
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="Write, draw and speak with state space models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(ValueError):
+    """The command was given something that it cannot take."""
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"genssm: {message}\n")
+    raise typer.Exit(code)
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn what can go wrong into one sentence and an exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except UsageError as error:
+            _fail(str(error), USAGE)
+        except FileExistsError as error:
+            _fail(str(error), USAGE)
+        except (ValueError, OSError, MemoryError) as error:
+            from genssm.checkpoint import UnknownModelError
+
+            _fail(
+                str(error) or type(error).__name__,
+                USAGE if isinstance(error, UnknownModelError) else FAILED,
+            )
+
+    return wrapped
+
+
+def _note(text: str, quiet: bool = False) -> None:
+    if not quiet:
+        sys.stderr.write(text + "\n")
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Shipped name, checkpoint folder or Hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")]
+
+
+@app.command()
+@_command
+def sample(
+    model: Model = "wiki",
+    prompt: Annotated[
+        Optional[str],
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Text to continue (- reads stdin, a .txt file is read); for pictures and sound a "
+            "file to continue or the name of a class.",
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[str], typer.Option("--out", "-o", help="File to write; - is stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of samples.")] = 1,
+    max_tokens: Annotated[
+        Optional[int], typer.Option(min=0, help="Most tokens to draw (text: 256).")
+    ] = None,
+    seconds: Annotated[
+        Optional[float], typer.Option(min=0, help="Longest sound to draw (default 2).")
+    ] = None,
+    keep_rows: Annotated[
+        Optional[int], typer.Option(min=0, help="Rows of a prompt picture to keep (half).")
+    ] = None,
+    label: Annotated[
+        Optional[str], typer.Option(help="Class of a picture or sound given as prompt.")
+    ] = None,
+    temperature: Annotated[
+        Optional[float], typer.Option(min=0, help="0 is greedy, 1 is the model itself.")
+    ] = None,
+    top_k: Annotated[Optional[int], typer.Option(min=0, help="Keep the k likeliest.")] = None,
+    top_p: Annotated[Optional[float], typer.Option(help="Keep this much probability.")] = None,
+    min_p: Annotated[
+        Optional[float], typer.Option(help="Keep what is this likely relative to the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        Optional[float], typer.Option(help="Over 1 makes what was said less likely.")
+    ] = None,
+    stop: Annotated[
+        Optional[list[str]], typer.Option(help="End the text before this string (repeatable).")
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, help="The same seed gives the same sample.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sample text, pictures or sound; the model decides which."""
+    from genssm import files, pipeline
+
+    pipe = pipeline.load(model)
+    if seconds is not None:
+        if pipe.modality != "audio":
+            raise UsageError(f"--seconds is for sound; {model!r} makes {pipe.modality}")
+        if max_tokens is not None:
+            raise UsageError("give --seconds or --max-tokens, not both")
+        max_tokens = round(seconds * pipe.config["codec"]["rate"])
+    try:
+        raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
+        output = files.Output(pipe, out, count, force)
+        settings: dict[str, Any] = {
+            "label": label,
+            "keep_rows": keep_rows,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop or (),
+            "seed": pipeline.new_seed() if seed is None else seed,
+        }
+        pipe.prompt_tokens(raw_prompt, label=label, keep_rows=keep_rows)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    live = pipe.modality == "text" and count == 1 and out is None and not as_json
+    samples, interrupted = _draw(pipe, raw_prompt, count, settings, live)
+    _deliver(samples, output, prompt, as_json, live)
+    if not quiet and not as_json and samples:
+        _summarize(samples, output)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _draw(
+    pipe: Pipeline, prompt: Any, count: int, settings: dict[str, Any], live: bool
+) -> tuple[list[Sample], bool]:
+    """All samples, and whether Ctrl-C cut the drawing short. ``live`` writes text as it comes."""
+    from genssm.pipeline import LARGEST_BATCH
+
+    samples: list[Sample] = []
+    for first in range(0, count, LARGEST_BATCH):
+        size = min(LARGEST_BATCH, count - first)
+        session = pipe.start(prompt, count=size, first=first, **settings)
+        if live and prompt:
+            sys.stdout.write(prompt)
+            sys.stdout.flush()
+        try:
+            for _, piece in session:
+                if live:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            return samples + session.samples(), True
+        samples += session.samples()
+    return samples, False
+
+
+def _deliver(
+    samples: list[Sample], output: Output, prompt: str | None, as_json: bool, live: bool
+) -> None:
+    written = output.write(samples)
+    if as_json:
+        for item, file in zip(samples, written, strict=True):
+            sys.stdout.write(
+                json.dumps(output.facts(item, prompt, file), ensure_ascii=False) + "\n"
+            )
+    elif live:
+        sys.stdout.write("\n")
+    elif output.target is None:  # text for stdout
+        for item in samples:
+            sys.stdout.write(f"{item.raw}\n")
+    elif output.target != "-":
+        for file in dict.fromkeys(written):
+            sys.stdout.write(f"{file}\n")
+
+
+def _summarize(samples: list[Sample], output: Output) -> None:
+    preview = (
+        output.preview(samples) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
+    )
+    tokens = sum(len(s.tokens) for s in samples)
+    bits = sum(s.bits for s in samples)
+    seconds = samples[-1].seconds
+    speed = tokens / seconds if seconds else 0.0
+    _note(
+        f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
+        f"{bits / max(1, tokens):.2f} bits/token"
+    )
+
+
+@app.command()
+@_command
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits.")],
+    data: Annotated[Path, typer.Option(help="Folder with train and validation files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the training.")],
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", help="key=value of the recipe (repeatable).")
+    ] = None,
+    minutes: Annotated[
+        Optional[float], typer.Option(min=0, help="Training time; default: the recipe's steps.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the training in --out.")] = False,
+    start: Annotated[
+        Optional[str], typer.Option("--from", help="Begin with the weights of this model.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model; the best checkpoint so far is OUT/checkpoint."""
+    import torch
+
+    from genssm.recipes import RECIPES, parse_settings
+    from genssm.training_report import reporter
+    from genssm.train import train as run
+
+    if recipe not in RECIPES:
+        raise UsageError(f"there is no recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    try:
+        chosen = RECIPES[recipe].changed(parse_settings(settings or []))
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    torch.set_flush_denormal(True)
+    with reporter(recipe, chosen.modality, quiet) as report:
+        target = run(chosen, data, out, minutes=minutes, resume=resume, start=start, report=report)
+    sys.stdout.write(f"{target}\n")
+
+
+@app.command()
+@_command
+def evaluate(
+    name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
+    data: Annotated[Path, typer.Option(help="Text, .npy of pictures, folder or tar of files.")],
+    limit: Annotated[
+        Optional[int], typer.Option(min=1, help="Most documents, pictures or clips.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the exact likelihood of data: bits per byte, dimension or sample."""
+    from genssm.data import read_examples
+    from genssm.pipeline import load
+
+    pipe = load(name)
+    result = pipe.evaluate(read_examples(data, pipe.codec), limit)
+    if as_json:
+        facts = {
+            "model": name,
+            "value": result.value,
+            "unit": result.unit,
+            "bits": result.bits,
+            "tokens": result.tokens,
+            "units": result.units,
+            "examples": result.examples,
+        }
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        sys.stdout.write(
+            f"{result.value:.4f} {result.unit}  ({result.examples} examples, "
+            f"{result.tokens} tokens, {result.units} {result.unit.removeprefix('bits/')}s)\n"
+        )
+
+
+@app.command()
+@_command
+def models(as_json: Json = False) -> None:
+    """List the shipped models."""
+    from genssm.checkpoint import shipped_folders
+
+    for name, folder in shipped_folders().items():
+        config = json.loads((folder / "config.json").read_text())
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        metric = next(iter(config["metrics"].items()), None)
+        if as_json:
+            facts = {"name": name, "modality": config["codec"]["kind"], "bytes": size}
+            sys.stdout.write(json.dumps(facts | {"metrics": config["metrics"]}) + "\n")
+        else:
+            score = f"{metric[1]['value']:.3f} {metric[1]['unit']} ({metric[0]})" if metric else ""
+            sys.stdout.write(
+                f"{name:<10} {config['codec']['kind']:<6} {size / 2**20:5.1f} MiB  {score}\n"
+            )
+
+
+@app.command()
+@_command
+def inspect(
+    name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
+    as_json: Json = False,
+) -> None:
+    """Show a model's size, its training, and how exactly its two views agree."""
+    from genssm.inspection import inspect as run
+    from genssm.pipeline import load
+
+    facts = run(load(name))
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    for key, value in facts.items():
+        text = json.dumps(value) if isinstance(value, dict | list) else value
+        sys.stdout.write(f"{key.replace('_', ' '):<34} {text}\n")
+
+
+def main() -> None:
+    """Entry point of the ``genssm`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

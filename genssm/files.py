@@ -1,0 +1,187 @@
+"""Prompts from files and samples to files, for the command line."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+import numpy as np
+
+from genssm.checkpoint import replace_file
+from genssm.codec import Audio, Codec, Image, Raw
+from genssm.data import PICTURES, SOUNDS, read_picture, read_sound
+from genssm.pipeline import Pipeline, Sample
+
+
+def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
+    """What ``--prompt`` means to a codec: text, the name of a class, or the content of a file.
+
+    Raises ValueError when it is none of these.
+    """
+    if prompt is None:
+        return None
+    if codec.modality == "text":
+        if prompt == "-":
+            return stdin.read()
+        file = Path(prompt) if prompt.endswith(".txt") else None
+        if file is None:
+            return prompt
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the prompt {prompt!r} as UTF-8 text") from error
+    if prompt in (*codec.labels, "any"):
+        return prompt
+    file = Path(prompt)
+    if not file.is_file():
+        raise ValueError(
+            f"the prompt {prompt!r} is neither a file nor a class of this {codec.modality} model; "
+            f"classes: {', '.join((*codec.labels, 'any'))}"
+        )
+    with file.open("rb") as handle:
+        if isinstance(codec, Image):
+            return codec.fit(read_picture(handle, codec, file.name))
+        assert isinstance(codec, Audio)
+        return read_sound(handle, codec, file.name)
+
+
+class Output:
+    """Where the samples of one command go: decided, and refused, before anything is drawn.
+
+    ``target``: None (text on stdout), "-" (bytes on stdout) or a path.
+    """
+
+    def __init__(self, pipe: Pipeline, out: str | None, count: int, force: bool) -> None:
+        self.pipe, self.count, self.force = pipe, count, force
+        suffixes = {"text": (), "image": (".png",), "audio": SOUNDS[:3]}[pipe.modality]
+        self.target: str | Path | None = "-" if out == "-" else None
+        if out not in (None, "-"):
+            self.target = Path(out)
+            if suffixes and self.target.suffix.lower() not in suffixes:
+                raise ValueError(
+                    f"--out of this {pipe.modality} model must end in {', '.join(suffixes)}, "
+                    f"got {out!r}"
+                )
+            if not self.target.parent.is_dir():
+                raise ValueError(f"there is no folder {str(self.target.parent)!r}")
+        elif out is None and suffixes:
+            self.target = self._unused(suffixes[0])
+        if out == "-" and pipe.modality == "audio" and count > 1:
+            raise ValueError("several clips cannot share stdout; give --out FILE or --count 1")
+        for path in self.paths():
+            if path.exists() and not force:
+                raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
+
+    def _unused(self, suffix: str) -> Path:
+        stem, n = Path(self.pipe.name).name, 1
+        while any(p.exists() for p in self._numbered(Path(f"{stem}-{n}{suffix}"))):
+            n += 1
+        return Path(f"{stem}-{n}{suffix}")
+
+    def _numbered(self, path: Path) -> list[Path]:
+        if self.pipe.modality != "audio" or self.count == 1:
+            return [path]  # a grid, or all texts in one file
+        return [path.with_stem(f"{path.stem}-{i}") for i in range(1, self.count + 1)]
+
+    def paths(self) -> list[Path]:
+        """The files that will be written."""
+        return self._numbered(self.target) if isinstance(self.target, Path) else []
+
+    def write(self, samples: list[Sample]) -> list[str | None]:
+        """Write the samples; returns the file of each."""
+        if self.target is None or not samples:
+            return [None] * len(samples)
+        contents = self._contents(samples)
+        if self.target == "-":
+            for content in contents:
+                sys.stdout.buffer.write(content)
+            return ["-"] * len(samples)
+        paths = self.paths()[: len(contents)]
+        for path, content in zip(paths, contents, strict=True):
+            replace_file(path, lambda file, content=content: file.write_bytes(content))
+        names: list[str | None] = [str(p) for p in paths]
+        return names if len(names) == len(samples) else names * len(samples)
+
+    def _contents(self, samples: list[Sample]) -> list[bytes]:
+        codec = self.pipe.codec
+        if isinstance(codec, Image):
+            return [png(grid([s.raw for s in samples]))]
+        if isinstance(codec, Audio):
+            assert isinstance(self.target, Path | str)
+            suffix = Path(self.target).suffix.lower() or ".wav"
+            return [sound(s.raw, codec.rate, suffix.removeprefix(".")) for s in samples]
+        return ["".join(f"{s.raw}\n" for s in samples).encode()]
+
+    def facts(self, sample: Sample, prompt: str | None, file: str | None) -> dict[str, Any]:
+        """One line of ``--json``."""
+        content = {"text": sample.raw} if sample.modality == "text" else {"file": file}
+        return {
+            "model": self.pipe.name,
+            "modality": sample.modality,
+            "prompt": prompt,
+            **content,
+            "tokens": len(sample.tokens),
+            "seed": sample.seed,
+            "index": sample.index,
+            "finish": sample.finish,
+            "seconds": round(sample.seconds, 4),
+            "tokens_per_second": round(sample.tokens_per_second, 1),
+            "bits": round(sample.bits, 4),
+        }
+
+    def preview(self, samples: list[Sample]) -> str:
+        """The pictures in half blocks for a true-colour terminal; empty for text and sound."""
+        if self.pipe.modality != "image":
+            return ""
+        return half_blocks(grid([s.raw for s in samples[:4]], columns=4))
+
+
+def grid(pictures: list[np.ndarray], columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Pictures (H, W, C) side by side in a nearly square grid, white between them."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    height, width, channels = pictures[0].shape
+    canvas = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
+    )
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = picture
+    return canvas
+
+
+def png(array: np.ndarray) -> bytes:
+    """uint8 (H, W, C) as a PNG file."""
+    import PIL.Image
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def sound(wave: np.ndarray, rate: int, file_format: str) -> bytes:
+    """float32 (samples,) as a 16-bit sound file ("wav", "flac" or "ogg")."""
+    import soundfile
+
+    buffer: IO[bytes] = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format=file_format)
+    return buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def half_blocks(array: np.ndarray) -> str:
+    """uint8 (H, W, C) in half blocks: two rows of pixels a line, 24-bit colour."""
+    rgb = np.broadcast_to(array, (*array.shape[:2], 3))
+    if len(rgb) % 2:
+        rgb = np.concatenate([rgb, np.full_like(rgb[:1], 255)])
+    lines = []
+    for top, bottom in zip(rgb[::2], rgb[1::2], strict=True):
+        cells = (
+            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀"
+            for a, b in zip(top, bottom, strict=True)
+        )
+        lines.append("".join(cells) + "\x1b[0m\n")
+    return "".join(lines)

@@ -1,0 +1,100 @@
+"""From logits to tokens: temperature, filters, penalties, and one random stream per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn. Filters apply in the order of the fields, each to what is left.
+
+    ``temperature`` 0 takes the most likely token; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and
+    ``repetition_penalty`` 1 do nothing.
+    """
+
+    repetition_penalty: float = 1.0  # CTRL (arXiv 1909.05858), Section 4.1
+    temperature: float = 1.0
+    top_k: int = 0  # keep the k most likely tokens
+    top_p: float = 1.0  # keep the fewest tokens that hold this probability (nucleus)
+    min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest
+
+    def __post_init__(self) -> None:
+        rules = [
+            (0 < self.repetition_penalty <= 10, "0 < repetition_penalty <= 10"),
+            (0 <= self.temperature <= 100, "0 <= temperature <= 100"),
+            (self.top_k >= 0, "top_k >= 0"),
+            (0 < self.top_p <= 1, "0 < top_p <= 1"),
+            (0 <= self.min_p <= 1, "0 <= min_p <= 1"),
+        ]
+        broken = [rule for holds, rule in rules if not holds]
+        if broken:
+            raise ValueError(f"sampling needs {', '.join(broken)}; got {self}")
+
+    def changed(self, **settings: float | int | None) -> SamplingConfig:
+        """A copy in which settings that are not None are replaced."""
+        return replace(self, **{k: v for k, v in settings.items() if v is not None})  # type: ignore[arg-type]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make seen tokens less likely: positive logits are divided by ``penalty``, others multiplied.
+
+    logits (B, V), seen (B, V) bool → (B, V).
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """The distribution that is drawn from: logits (B, V) → float64 (B, V), rows sum to one."""
+    logits = logits.double()
+    if config.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    p = torch.softmax(logits / config.temperature, -1)
+    if 0 < config.top_k < p.shape[-1]:
+        least = p.topk(config.top_k, -1).values[:, -1:]
+        p = _renormalized(p, p >= least)
+    if config.top_p < 1:
+        ordered, order = p.sort(-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < config.top_p  # the likeliest is always kept
+        p = _renormalized(p, torch.zeros_like(kept).scatter(-1, order, kept))
+    if config.min_p > 0:
+        p = _renormalized(p, p >= config.min_p * p.amax(-1, keepdim=True))
+    return p
+
+
+def _renormalized(p: Tensor, kept: Tensor) -> Tensor:
+    p = p * kept
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse transform sampling: p (B, V), uniform (B,) on [0, 1) → tokens (B,) int64."""
+    cdf = p.cumsum(-1)
+    target = (uniform * cdf[:, -1])[:, None]
+    tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
+    last = p.shape[-1] - 1 - (p.flip(-1) > 0).to(torch.int8).argmax(-1)  # guards rounding
+    return torch.minimum(tokens, last)
+
+
+class RandomStream:
+    """Uniform numbers of one sample, a function of seed and sample index alone."""
+
+    def __init__(self, seed: int, index: int) -> None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"the seed must lie in 0 … 2^63 - 1, got {seed}")
+        self._generator = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([seed, index]))
+        )
+
+    def next(self) -> float:
+        """The next number on [0, 1)."""
+        return float(self._generator.random())
+
+
+def new_seed() -> int:
+    """A fresh seed from the operating system, short enough to type again."""
+    return int(np.random.SeedSequence().generate_state(1)[0])

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -82,7 +82,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr."
 def sample(
     model: Model = "wiki",
     prompt: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--prompt",
             "-p",
@@ -91,38 +91,38 @@ def sample(
         ),
     ] = None,
     out: Annotated[
-        Optional[str], typer.Option("--out", "-o", help="File to write; - is stdout.")
+        str | None, typer.Option("--out", "-o", help="File to write; - is stdout.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of samples.")] = 1,
     max_tokens: Annotated[
-        Optional[int], typer.Option(min=0, help="Most tokens to draw (text: 256).")
+        int | None, typer.Option(min=0, help="Most tokens to draw (text: 256).")
     ] = None,
     seconds: Annotated[
-        Optional[float], typer.Option(min=0, help="Longest sound to draw (default 2).")
+        float | None, typer.Option(min=0, help="Longest sound to draw (default 2).")
     ] = None,
     keep_rows: Annotated[
-        Optional[int], typer.Option(min=0, help="Rows of a prompt picture to keep (half).")
+        int | None, typer.Option(min=0, help="Rows of a prompt picture to keep (half).")
     ] = None,
     label: Annotated[
-        Optional[str], typer.Option(help="Class of a picture or sound given as prompt.")
+        str | None, typer.Option(help="Class of a picture or sound given as prompt.")
     ] = None,
     temperature: Annotated[
-        Optional[float], typer.Option(min=0, help="0 is greedy, 1 is the model itself.")
+        float | None, typer.Option(min=0, help="0 is greedy, 1 is the model itself.")
     ] = None,
-    top_k: Annotated[Optional[int], typer.Option(min=0, help="Keep the k likeliest.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Keep this much probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     min_p: Annotated[
-        Optional[float], typer.Option(help="Keep what is this likely relative to the likeliest.")
+        float | None, typer.Option(help="Keep what is this likely relative to the likeliest.")
     ] = None,
     repetition_penalty: Annotated[
-        Optional[float], typer.Option(help="Over 1 makes what was said less likely.")
+        float | None, typer.Option(help="Over 1 makes what was said less likely.")
     ] = None,
     stop: Annotated[
-        Optional[list[str]], typer.Option(help="End the text before this string (repeatable).")
+        list[str] | None, typer.Option(help="End the text before this string (repeatable).")
     ] = None,
     seed: Annotated[
-        Optional[int], typer.Option(min=0, help="The same seed gives the same sample.")
+        int | None, typer.Option(min=0, help="The same seed gives the same sample.")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -228,14 +228,14 @@ def train(
     data: Annotated[Path, typer.Option(help="Folder with train and validation files.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the training.")],
     settings: Annotated[
-        Optional[list[str]], typer.Option("--set", help="key=value of the recipe (repeatable).")
+        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
     ] = None,
     minutes: Annotated[
-        Optional[float], typer.Option(min=0, help="Training time; default: the recipe's steps.")
+        float | None, typer.Option(min=0, help="Training time; default: the recipe's steps.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the training in --out.")] = False,
     start: Annotated[
-        Optional[str], typer.Option("--from", help="Begin with the weights of this model.")
+        str | None, typer.Option("--from", help="Begin with the weights of this model.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -243,8 +243,8 @@ def train(
     import torch
 
     from genssm.recipes import RECIPES, parse_settings
-    from genssm.training_report import reporter
     from genssm.train import train as run
+    from genssm.training_report import reporter
 
     if recipe not in RECIPES:
         raise UsageError(f"there is no recipe {recipe!r}; known: {', '.join(RECIPES)}")
@@ -264,7 +264,7 @@ def evaluate(
     name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
     data: Annotated[Path, typer.Option(help="Text, .npy of pictures, folder or tar of files.")],
     limit: Annotated[
-        Optional[int], typer.Option(min=1, help="Most documents, pictures or clips.")
+        int | None, typer.Option(min=1, help="Most documents, pictures or clips.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genssm.codec import ANY, Audio, Codec, Image, Raw
 
-_OPENERS: dict[str, Callable[..., IO[bytes]]] = {
+_OPENERS: dict[str, Callable[..., Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".gz": gzip.open,
@@ -139,7 +139,7 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
     import soundfile
 
     try:
-        wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        wave, rate = soundfile.read(cast(BinaryIO, file), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
     return codec.waveform(wave, rate)
@@ -175,7 +175,7 @@ def find_split(path: Path, split: str, modality: str) -> Path:
     """The file or folder of a split inside a data folder: ``train*`` or ``validation*``."""
     if not path.is_dir():
         raise ValueError(
-            f"training data must be a folder that holds train and validation files, got {str(path)!r}"
+            f"training data must be a folder with train and validation files, got {str(path)!r}"
         )
     suffix = {"text": ".txt", "image": "", "audio": ""}[modality]
     found = [
@@ -259,8 +259,9 @@ class PictureBatches:
             picture = np.asarray(self.pictures[i])
             if self.flip and random.random() < 0.5:
                 picture = picture[:, ::-1]
-            unlabelled = random.random() < 0.1 or self.labels is None
-            label = ANY if unlabelled else self.codec.labels[self.labels[i]]
+            label = ANY
+            if random.random() >= 0.1 and self.labels is not None:
+                label = self.codec.labels[self.labels[i]]
             sequences.append(self.codec.encode(picture, label))
         return Batch(torch.stack(sequences))
 

@@ -99,7 +99,7 @@ def read(model: RecurrentModel, prompt: Tensor) -> tuple[Tensor, State]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Step on one thread: a step is too short to share, and waiting for a second core costs more."""
+    """Step on one thread: a step is too short to be worth waiting for a second core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

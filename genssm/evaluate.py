@@ -1,12 +1,11 @@
-"""Exact likelihood: bits of raw data under a model, and bits per byte, dimension or sample of a set."""
+"""Exact likelihood: bits of raw data under a model, and bits per unit of a data set."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-
-import math
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class Evaluation:
 def evaluate(
     model: SequenceModel, codec: Codec, examples: Iterable[Example], limit: int | None = None
 ) -> Evaluation:
-    """The mean exact likelihood over ``examples`` (at most ``limit`` of them), each from its start."""
+    """The mean exact likelihood over at most ``limit`` examples, each from its start."""
     bits, tokens, units, count = 0.0, 0, 0, 0
     for batch in _batches(islice(examples, limit), 16 if codec.modality != "text" else 1):
         encoded = [codec.encode(e.raw, e.label) for e in batch]

@@ -12,7 +12,7 @@ import numpy as np
 
 from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw
-from genssm.data import PICTURES, SOUNDS, read_picture, read_sound
+from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.pipeline import Pipeline, Sample
 
 

@@ -213,12 +213,23 @@ def dense_transition(a: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
 class RecurrentStateSpace(nn.Module):
     """x_k = (diag(a) - p qᵀ) x_{k-1} + b u_k, y_k = c·x_k + D u_k; one of each conjugate pair kept.
 
-    ``qᵀx`` and ``c·x`` run over both members of a pair: 2 Re(Σ q x). Without p and q it is diagonal.
+    ``qᵀx`` and ``c·x`` run over both members of a pair: 2 Re(Σ q x). Without p and q: diagonal.
     ``a, b, c, p, q (H, n)`` complex128 and ``D (H,)`` are rounded once, to ``dtype``, as are the
     tables of ``prefill``. The state is ``(B, H, n)`` complex.
     """
 
     chunk = 64  # prompt positions per product in ``prefill``
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    D: Tensor
+    p: Tensor | None
+    q: Tensor | None
+    advance: Tensor  # Ā^chunk on [Re x; Im x], (H, 2n, 2n)
+    inputs: Tensor  # Krylov products Āⁱ b, the last first, (H, 2n, chunk)
+    outputs: Tensor  # c Āⁱ⁺¹, (H, chunk, 2n)
+    toeplitz: Tensor  # [j, i] = the kernel at i - j, (H, chunk, chunk)
 
     def __init__(
         self,
@@ -253,7 +264,7 @@ class RecurrentStateSpace(nn.Module):
         kernel[:, 0] += D
         # Toeplitz: within a chunk, output i takes kernel[i - j] from input j.
         toeplitz = F.pad(kernel, (self.chunk - 1, 0)).unfold(-1, self.chunk, 1).flip(1)
-        keep("advance", power.to(dtype), persistent=False)  # Ā^chunk, (H, 2n, 2n)
+        keep("advance", power.to(dtype), persistent=False)
         keep("inputs", inputs.flip(-1).to(dtype).contiguous(), persistent=False)
         keep("outputs", outputs.to(dtype).contiguous(), persistent=False)
         keep("toeplitz", toeplitz.to(dtype).contiguous(), persistent=False)
@@ -263,7 +274,7 @@ class RecurrentStateSpace(nn.Module):
         return self.a.new_zeros(batch, *self.a.shape)
 
     def _transition(self, x: Tensor) -> Tensor:
-        if self.p is None:
+        if self.p is None or self.q is None:
             return self.a * x
         qx = (self.q * torch.view_as_real(x)).sum((-2, -1))  # (B, H)
         return torch.addcmul(self.a * x, self.p, qx[..., None], value=-1)

@@ -1,14 +1,14 @@
 """The sequence model: blocks and pools of state space layers between an embedding and a head.
 
 Trained by convolution (``SequenceModel``), sampled by recurrence (``to_recurrent``): the same map.
-Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack and is delayed by one group.
+Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack, delayed by one group.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +169,7 @@ class Stack(nn.Module):
         return u
 
     def to_recurrent(self) -> "RecurrentStack":
-        return RecurrentStack([layer.to_recurrent() for layer in self.layers])
+        return RecurrentStack([cast(Any, layer).to_recurrent() for layer in self.layers])
 
 
 def build_stack(config: ModelConfig, level: int = 0) -> Stack:
@@ -192,7 +192,7 @@ def build_stack(config: ModelConfig, level: int = 0) -> Stack:
 
 
 class PhasedLinear(nn.Module):
-    """A linear map with its own weights for each phase of the position (each channel of a pixel)."""
+    """A linear map with its own weights for each phase of the position (channel of a pixel)."""
 
     def __init__(self, n_in: int, n_out: int, phases: int) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class _LinearLogProb(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, target, probabilities = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         dbias = torch.zeros_like(weight[:, 0])
@@ -394,8 +394,10 @@ class Logistics(nn.Module):
     def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
         """features (…, H), prediction (…, 1) → normalised log-probabilities (…, V)."""
         values = torch.arange(self.n_outputs, device=features.device)
-        mixture = [part[..., None, :] for part in self._mixture(features, prediction)]
-        return self._log_mass(*mixture, values)
+        log_weight, mean, inverse = self._mixture(features, prediction)
+        return self._log_mass(
+            log_weight[..., None, :], mean[..., None, :], inverse[..., None, :], values
+        )
 
     def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
         """Log-likelihood of target (…) in nats, (…)."""
@@ -438,14 +440,14 @@ class SequenceModel(nn.Module):
         features, prediction = self.features(tokens[:, :-1])
         return self.head.log_prob(features, prediction, tokens[:, 1:])
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[Tensor]]:
         """Parameters by how they are trained.
 
         "dynamics": Λ, Δ and the like, declared by the layers; "matrices": hidden linear maps;
         "others": embeddings, norms, biases, output matrices C and D, the head.
         """
-        groups: dict[str, list[nn.Parameter]] = {"dynamics": [], "matrices": [], "others": []}
-        seen: set[nn.Parameter] = set()
+        groups: dict[str, list[Tensor]] = {"dynamics": [], "matrices": [], "others": []}
+        seen: set[Tensor] = set()
         for module in self.modules():
             if isinstance(module, StateSpace):
                 seen.update(own := [getattr(module, name) for name in module.dynamics])
@@ -500,9 +502,7 @@ class RecurrentPool(nn.Module):
     shape, what the last complete group adds to this one; and the state of the inner stack.
     """
 
-    def __init__(
-        self, stride: int, down: nn.Module, inner: "RecurrentStack", up: nn.Module
-    ) -> None:
+    def __init__(self, stride: int, down: Linear, inner: "RecurrentStack", up: Linear) -> None:
         super().__init__()
         self.stride, self.down, self.inner, self.up = stride, down, inner, up
 
@@ -542,21 +542,24 @@ class RecurrentStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    def _layers(self) -> list[Any]:  # RecurrentBlock or RecurrentPool
+        return list(self.layers)
+
     def initial_state(self, batch: int) -> tuple:
-        return tuple(layer.initial_state(batch) for layer in self.layers)
+        return tuple(layer.initial_state(batch) for layer in self._layers())
 
     def prefill(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
         states = []
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            u, layer_state = layer.prefill(u, layer_state, position)
-            states.append(layer_state)
+        for layer, before in zip(self._layers(), state, strict=True):
+            u, after = layer.prefill(u, before, position)
+            states.append(after)
         return u, tuple(states)
 
     def step(self, u: Tensor, state: tuple, position: int) -> tuple[Tensor, tuple]:
         states = []
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            u, layer_state = layer.step(u, layer_state, position)
-            states.append(layer_state)
+        for layer, before in zip(self._layers(), state, strict=True):
+            u, after = layer.step(u, before, position)
+            states.append(after)
         return u, tuple(states)
 
 
@@ -634,5 +637,5 @@ class RecurrentModel(nn.Module):
 
 
 def to_recurrent(model: SequenceModel) -> RecurrentModel:
-    """Convert a trained model to the recurrence that computes the same logits; the model is copied."""
+    """Convert a trained model to the recurrence with the same logits; weights are copied."""
     return RecurrentModel(model).eval()

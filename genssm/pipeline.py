@@ -14,9 +14,9 @@ from torch import Tensor
 
 from genssm import checkpoint as checkpoints
 from genssm.codec import Audio, Codec, Image, Raw
+from genssm.data import Example
 from genssm.engine import Generation
 from genssm.evaluate import Evaluation, evaluate, token_bits
-from genssm.data import Example
 from genssm.model import RecurrentModel, SequenceModel, to_recurrent
 from genssm.sampling import SamplingConfig, new_seed
 
@@ -87,7 +87,7 @@ class Session:
         self._decoders = [codec.decoder() for _ in indices]
         self._generation = Generation(model, prompt, config, seed=seed, indices=indices)
         if max_tokens == 0:
-            self._finish({i: "length" for i in self._generation.active})
+            self._finish(dict.fromkeys(self._generation.active, "length"))
 
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
         while self._generation.active:
@@ -158,8 +158,11 @@ class Session:
 
 
 class Pipeline:
-    """A checkpoint ready for use: ``model`` (convolution), ``recurrent`` (the same as a recurrence),
-    ``codec`` (raw ↔ tokens), ``config`` (the content of config.json)."""
+    """A checkpoint ready for use.
+
+    ``model`` (convolution), ``recurrent`` (the same map as a recurrence), ``codec``
+    (raw ↔ tokens), ``config`` (the content of config.json).
+    """
 
     def __init__(self, name: str, checkpoint: checkpoints.Checkpoint) -> None:
         self.name = name
@@ -309,8 +312,8 @@ class Pipeline:
     def stream(self, prompt: Raw = None, **settings: Any) -> Iterator[Raw]:
         """Draw one sample and yield its pieces as they become whole.
 
-        Text: characters; pictures: rows uint8 (1, W, C); sound: float32 (n,). The settings are those
-        of ``sample`` without ``count``. The prompt itself is not repeated.
+        Text: characters; pictures: rows uint8 (1, W, C); sound: float32 (n,). Settings are those of
+         ``sample`` without ``count``. The prompt itself is not repeated.
         """
         for _, piece in self.start(prompt, **settings):
             yield piece

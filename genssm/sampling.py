@@ -58,7 +58,7 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
         least = p.topk(config.top_k, -1).values[:, -1:]
         p = _renormalized(p, p >= least)
     if config.top_p < 1:
-        ordered, order = p.sort(-1, descending=True, stable=True)
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
         kept = ordered.cumsum(-1) - ordered < config.top_p  # the likeliest is always kept
         p = _renormalized(p, torch.zeros_like(kept).scatter(-1, order, kept))
     if config.min_p > 0:

@@ -74,7 +74,7 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
 def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     """K_k = Re Σ_n c_n exp(k log_a_n) for k < length: the kernel of a diagonal model.
 
-    ``c, log_a (H, n)`` complex → ``(H, length)`` real.  With k = factor·j + i the Vandermonde matrix
+    ``c, log_a (H, n)`` complex → ``(H, length)`` real. With k = factor·j + i the Vandermonde matrix
     is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the (H, n, L) tensor is never
     made: one batched product of two small real matrices, with O(n √L) exponentials per feature.
     """
@@ -95,8 +95,9 @@ def cauchy_kernel(
     """The kernel of x' = (Λ - P Pᴴ) x + B u under the bilinear rule, for k < length.
 
     ``C_tilde, Lambda, P, B (H, n)`` complex, one of each conjugate pair; ``dt (H,)``;
-    → ``(H, length)`` real.  ``C_tilde = C (I - Ā^length)`` makes the generating function exact on the
-    roots of unity z, where Woodbury reduces it to four Cauchy products. Source: S4, Algorithm 1.
+    → ``(H, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the generating function exact on
+    the roots of unity z, where Woodbury reduces it to four Cauchy products.
+    Source: S4, Algorithm 1.
 
     Departure from the paper: numerator and denominator are multiplied by (1 + z), which leaves no
     singular node at z = -1, and both members of a pair share one division.
@@ -137,7 +138,7 @@ class _FFTConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         u_f, k_f = ctx.saved_tensors
         L = dy.shape[-1]
         dy_f = torch.fft.rfft(dy, n=2 * L)

@@ -38,6 +38,7 @@ from genssm.optim import build_optimizers, rate
 from genssm.recipes import Recipe
 
 _LN2 = math.log(2)
+_STATE = "state.safetensors"
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
 
 
@@ -132,7 +133,7 @@ def train(
     validation_limit: int | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
-    """Train ``recipe`` on the ``train`` split in ``data`` and return the folder of the best checkpoint.
+    """Train ``recipe`` on the ``train`` split in ``data``; return the best checkpoint's folder.
 
     The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives
     ``state.safetensors`` (from which ``resume`` goes on exactly), ``log.csv`` and ``checkpoint/``.
@@ -140,93 +141,152 @@ def train(
     and Ctrl-C save before they end the training. Raises ValueError for unusable data or
     settings, and FileExistsError for a folder with a training that is not to be resumed.
     """
-    state_file, target = out / "state.safetensors", out / "checkpoint"
-    if state_file.exists() and not resume:
+    training = _Training(recipe, data, out, minutes, _begin(out, resume, start))
+    timers = {"report": _Timer(10), "save": _Timer(60 * save_minutes)}
+    timers["validate"] = _Timer(60 * validate_minutes)
+    with _interruption() as interrupted, _log(out / "log.csv", resume) as log:
+        while training.fraction() < 1 and not interrupted():
+            training.advance()
+            value = training.validate(validation_limit) if timers["validate"].due() else None
+            if timers["save"].due():
+                training.save()
+            if timers["report"].due() or value is not None:
+                report(progress := training.progress(value))
+                log(progress)
+        training.save()
+        report(progress := training.progress(training.validate(validation_limit)))
+        log(progress)
+        training.save()
+        if interrupted():
+            raise KeyboardInterrupt
+    return training.target
+
+
+def _begin(out: Path, resume: bool, start: str | None) -> checkpoints.Checkpoint | None:
+    """Check that ``out`` fits the intention and load the checkpoint to start from, if any."""
+    begun = (out / _STATE).exists()
+    if begun and not resume:
         raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
-    if resume and not state_file.exists():
+    if resume and not begun:
         raise ValueError(f"{str(out)!r} holds no training to resume")
     if resume and start is not None:
         raise ValueError("a resumed training goes on from its own weights, not from a checkpoint")
-    source = None if start is None else checkpoints.load(start)
-    settings = recipe.train
-    out.mkdir(parents=True, exist_ok=True)
-    codec, batches = _prepare(recipe, data, out, source)
-    validation = list(_validation_examples(recipe, codec, data, validation_limit))
-    torch.manual_seed(settings.seed)
-    config = ModelConfig(
-        vocab_size=codec.vocab_size,
-        n_outputs=codec.n_outputs,
-        l_max=settings.length,
-        **recipe.model,
-    )
-    model = SequenceModel(config)
-    optimizers = build_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
-    run = _Run(model, optimizers)
-    if source is not None:
-        if source.model.config.vocab_size != config.vocab_size or not _same_shapes(
-            source.model, model
-        ):
-            raise ValueError(f"the model {start!r} has another shape than the recipe's")
-        model.load_state_dict(source.model.state_dict())
-    if resume:
-        run.restore(state_file, recipe)
+    return None if start is None else checkpoints.load(start)
 
-    base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    smooth = math.nan
-    last_report = last_save = last_validation = time.monotonic()
-    reported_tokens = run.tokens
-    with _interruption() as interrupted, _log(out / "log.csv", resume) as log:
-        while True:
-            fraction = _fraction(run, settings.steps, minutes)
-            if fraction >= 1 or interrupted():
-                break
-            started = time.monotonic()
-            factor = rate(run.step, fraction, settings.warmup, settings.decay)
-            for optimizer, rates in zip(optimizers, base_rates, strict=True):
-                for group, base in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = base * factor
-            batch = batches(run.step)
-            loss = _step(model, optimizers, batch, settings.clip, settings.seed + run.step)
-            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-            run.step += 1
-            run.tokens += batch.tokens[:, 1:].numel()
-            now = time.monotonic()
-            run.seconds += now - started
-            value = None
-            if now - last_validation > 60 * validate_minutes:
-                value = _validate(run, recipe, codec, validation, target)
-                last_validation = time.monotonic()
-            if now - last_save > 60 * save_minutes:
-                run.save(state_file, recipe)
-                last_save = time.monotonic()
-            if now - last_report > 10 or value is not None:
-                speed = (run.tokens - reported_tokens) / (now - last_report)
-                progress = Progress(
-                    run.step, run.seconds / 60, fraction, run.tokens, smooth, speed, value
-                )
-                report(progress)
-                log(progress, factor)
-                last_report, reported_tokens = time.monotonic(), run.tokens
-        run.save(state_file, recipe)
-        value = _validate(run, recipe, codec, validation, target)
-        fraction = _fraction(run, settings.steps, minutes)
-        final = Progress(run.step, run.seconds / 60, fraction, run.tokens, smooth, 0.0, value)
-        report(final)
-        log(final, 0.0)
-        run.save(state_file, recipe)
-        if interrupted():
-            raise KeyboardInterrupt
-    return target
+
+class _Timer:
+    """``due`` is true once every ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+class _Training:
+    """One training: its data, its model and what can be done with them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Path,
+        out: Path,
+        minutes: float | None,
+        start: checkpoints.Checkpoint | None,
+    ) -> None:
+        self.recipe, self.minutes, self.data = recipe, minutes, data
+        self.state_file, self.target = out / _STATE, out / "checkpoint"
+        settings = recipe.train
+        out.mkdir(parents=True, exist_ok=True)
+        self.codec, self.batch = _prepare(recipe, data, out, start)
+        torch.manual_seed(settings.seed)
+        config = ModelConfig(
+            vocab_size=self.codec.vocab_size,
+            n_outputs=self.codec.n_outputs,
+            l_max=settings.length,
+            **recipe.model,
+        )
+        model = SequenceModel(config)
+        optimizers = build_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
+        self.base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+        self.run = _Run(model, optimizers)
+        if self.state_file.exists():
+            self.run.restore(self.state_file, recipe)
+        elif start is not None:
+            if not _same_shapes(start.model, model):
+                raise ValueError("the model to start from has another shape than the recipe's")
+            model.load_state_dict(start.model.state_dict())
+        self.smooth = math.nan
+        self.reported = (time.monotonic(), self.run.tokens)
+        self._validation: list[Example] | None = None
+
+    def fraction(self) -> float:
+        """The part of the budget that is spent."""
+        if self.minutes is None:
+            return self.run.step / self.recipe.train.steps
+        return self.run.seconds / (60 * self.minutes) if self.minutes else 1.0
+
+    def advance(self) -> None:
+        """One step."""
+        started, settings, run = time.monotonic(), self.recipe.train, self.run
+        factor = rate(run.step, self.fraction(), settings.warmup, settings.decay)
+        for optimizer, rates in zip(run.optimizers, self.base_rates, strict=True):
+            for group, base in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor
+        batch = self.batch(run.step)
+        loss = _step(run.model, run.optimizers, batch, settings.clip, settings.seed + run.step)
+        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+        run.step += 1
+        run.tokens += batch.tokens[:, 1:].numel()
+        run.seconds += time.monotonic() - started
+
+    def validate(self, limit: int | None) -> float:
+        """Measure, and keep the checkpoint when it is the best so far."""
+        if self._validation is None:
+            self._validation = _validation_examples(self.recipe, self.codec, self.data, limit)
+        examples, run = self._validation, self.run
+        run.model.eval()
+        measured = evaluate(run.model, self.codec, examples)
+        if measured.value < run.best:
+            run.best = measured.value
+            facts = {
+                "recipe": asdict(self.recipe),
+                "steps": run.step,
+                "tokens": run.tokens,
+                "minutes": round(run.seconds / 60, 1),
+                "threads": torch.get_num_threads(),
+            }
+            metrics = {"validation subset": {"value": measured.value, "unit": measured.unit}}
+            probe = self.codec.encode(examples[0].raw, examples[0].label)[:PROBE].tolist()
+            checkpoints.save(
+                checkpoints.Checkpoint(run.model, self.codec, facts, metrics, tuple(probe)),
+                self.target,
+            )
+        return measured.value
+
+    def save(self) -> None:
+        """Write everything that ``resume`` needs."""
+        self.run.save(self.state_file, self.recipe)
+
+    def progress(self, validation: float | None) -> Progress:
+        """Where the training stands, with the speed since the last call."""
+        now, run = time.monotonic(), self.run
+        speed = (run.tokens - self.reported[1]) / max(1e-9, now - self.reported[0])
+        self.reported = (now, run.tokens)
+        return Progress(
+            run.step, run.seconds / 60, self.fraction(), run.tokens, self.smooth, speed, validation
+        )
 
 
 def _same_shapes(a: nn.Module, b: nn.Module) -> bool:
     return {k: t.shape for k, t in a.state_dict().items()} == {
         k: t.shape for k, t in b.state_dict().items()
     }
-
-
-def _fraction(run: _Run, steps: int, minutes: float | None) -> float:
-    return run.step / steps if minutes is None else run.seconds / (60 * minutes)
 
 
 def _step(
@@ -325,37 +385,14 @@ def _tokenize(source: Path, out: Path, vocab_size: int) -> tuple[Text, np.ndarra
 
 def _validation_examples(
     recipe: Recipe, codec: Codec, data: Path, limit: int | None
-) -> Iterator[Example]:
-    """A validation set small enough to be measured every few minutes."""
+) -> list[Example]:
+    """A validation set small enough to be measured every few minutes, spread over the whole."""
     most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
     examples = list(read_examples(find_split(data, "validation", recipe.modality), codec))
-    every = max(1, len(examples) // most)
-    for example in examples[::every][:most]:
-        raw = example.raw[:60_000] if recipe.modality == "text" else example.raw
-        yield Example(raw, example.label)
-
-
-def _validate(
-    run: _Run, recipe: Recipe, codec: Codec, examples: list[Example], target: Path
-) -> float:
-    """Measure, and keep the checkpoint when it is the best so far."""
-    run.model.eval()
-    measured = evaluate(run.model, codec, examples)
-    if measured.value < run.best:
-        run.best = measured.value
-        training = {
-            "recipe": asdict(recipe),
-            "steps": run.step,
-            "tokens": run.tokens,
-            "minutes": round(run.seconds / 60, 1),
-            "threads": torch.get_num_threads(),
-        }
-        metrics = {"validation subset": {"value": measured.value, "unit": measured.unit}}
-        probe = codec.encode(examples[0].raw, examples[0].label)[:PROBE].tolist()
-        checkpoints.save(
-            checkpoints.Checkpoint(run.model, codec, training, metrics, tuple(probe)), target
-        )
-    return measured.value
+    chosen = examples[:: max(1, len(examples) // most)][:most]
+    if recipe.modality == "text":
+        return [Example(example.raw[:60_000]) for example in chosen]
+    return chosen
 
 
 @contextmanager
@@ -380,15 +417,15 @@ def _interruption() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _log(path: Path, append: bool) -> Iterator[Callable[[Progress, float], None]]:
+def _log(path: Path, append: bool) -> Iterator[Callable[[Progress], None]]:
     with path.open("a" if append else "w", newline="") as file:
         writer = csv.writer(file)
         if not append:
-            writer.writerow([*Progress.__dataclass_fields__, "rate"])
+            writer.writerow(list(Progress.__dataclass_fields__))
 
-        def log(progress: Progress, factor: float) -> None:
+        def log(progress: Progress) -> None:
             row = [f"{v:.6g}" if isinstance(v, float) else v for v in asdict(progress).values()]
-            writer.writerow([*row, f"{factor:.4g}"])
+            writer.writerow(row)
             file.flush()
 
         yield log

@@ -35,7 +35,8 @@ def reporter(name: str, modality: str, quiet: bool) -> Iterator[Callable[[Progre
         )
     else:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress as Bar, TextColumn
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
 
         console = Console(stderr=True)
         with Bar(TextColumn(name), BarColumn(), TextColumn("{task.description}"), console=console,

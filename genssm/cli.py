@@ -21,6 +21,7 @@ P = ParamSpec("P")
 app = typer.Typer(
     help="Write, draw and speak with state space models.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -93,7 +94,7 @@ def sample(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="File to write; - is stdout.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of samples.")] = 1,
     max_tokens: Annotated[
         int | None, typer.Option(min=0, help="Most tokens to draw (text: 256).")
@@ -137,26 +138,25 @@ def sample(
         if max_tokens is not None:
             raise UsageError("give --seconds or --max-tokens, not both")
         max_tokens = round(seconds * pipe.config["codec"]["rate"])
+    live = pipe.modality == "text" and count == 1 and out is None and not as_json
+    settings: dict[str, Any] = {
+        "label": label,
+        "keep_rows": keep_rows,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or (),
+        "seed": pipeline.new_seed() if seed is None else seed,
+    }
     try:
-        raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
         output = files.Output(pipe, out, count, force)
-        settings: dict[str, Any] = {
-            "label": label,
-            "keep_rows": keep_rows,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": stop or (),
-            "seed": pipeline.new_seed() if seed is None else seed,
-        }
-        pipe.prompt_tokens(raw_prompt, label=label, keep_rows=keep_rows)
+        raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
+        samples, interrupted = _draw(pipe, raw_prompt, count, settings, live)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    live = pipe.modality == "text" and count == 1 and out is None and not as_json
-    samples, interrupted = _draw(pipe, raw_prompt, count, settings, live)
     _deliver(samples, output, prompt, as_json, live)
     if not quiet and not as_json and samples:
         _summarize(samples, output)

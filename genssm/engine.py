@@ -29,7 +29,9 @@ class Generation:
     """Samples that continue one prompt. Each ``step`` draws a token for every active sample.
 
     A sample depends on its prompt, settings, seed and index alone: the prompt is read once for all,
-    rows are computed one by one, and every sample has its own random stream.
+    rows are computed one by one, and every sample has its own random stream. This holds to the last
+    bit for widths that are multiples of 32, as all shipped models have; for others torch rounds the
+    activations at the end of a vector differently, and the last digits may depend on the batch.
     """
 
     def __init__(

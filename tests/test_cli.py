@@ -1,0 +1,288 @@
+"""The command line, on small untrained checkpoints; some of it in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from genssm.checkpoint import Checkpoint, save
+from genssm.cli import app
+from genssm.codec import Image
+from genssm.model import SequenceModel
+
+COMMAND = [sys.executable, "-m", "genssm.cli"]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    make_checkpoint: Callable[[str], Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Modality → the folder of a checkpoint."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {m: str(save(make_checkpoint(m), root / m)) for m in ("text", "image", "audio")}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command line in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+
+    return call
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_text_streams_to_stdout_and_the_seed_to_stderr(run, folders) -> None:
+    result = run("sample", "-m", folders["text"], "-p", "The fox", "--max-tokens", 8, "--seed", 5)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("The fox")
+    assert result.stdout.endswith("\n")
+    assert "seed 5" in result.stderr
+    again = run("sample", "-m", folders["text"], "-p", "The fox", "--max-tokens", 8, "--seed", 5)
+    assert again.stdout == result.stdout
+
+
+def test_quiet_says_nothing_on_stderr(run, folders) -> None:
+    result = run("sample", "-m", folders["text"], "--max-tokens", 3, "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_prompts_from_stdin_and_file(run, folders, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("The quick")
+    for prompt, stdin in (("-", "The quick"), ("p.txt", None)):
+        result = run(
+            "sample", "-m", folders["text"], "-p", prompt, "--max-tokens", 4, "--json", stdin=stdin
+        )
+        assert json.loads(result.stdout)["text"].startswith("The quick")
+
+
+def test_json_prints_one_line_per_sample(run, folders) -> None:
+    result = run("sample", "-m", folders["text"], "-n", 3, "--max-tokens", 6, "--json", "--seed", 1)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 3
+    for index, line in enumerate(lines):
+        assert line["index"] == index
+        assert line["seed"] == 1
+        assert line["modality"] == "text"
+        assert 1 <= line["tokens"] <= 6
+        assert line["bits"] > 0
+        assert {"model", "prompt", "text", "seconds", "tokens_per_second"} <= set(line)
+
+
+def test_pictures_go_to_a_grid(run, folders, tmp_path) -> None:
+    import PIL.Image
+
+    result = run("sample", "-m", folders["image"], "-p", "dog", "-n", 3, "-o", "grid.png")
+    assert (result.exit_code, result.stdout) == (0, "grid.png\n")
+    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 3 + 2, 2 * 4 + 2)
+
+
+def test_a_picture_is_completed(run, folders, tmp_path, write_picture) -> None:
+    import PIL.Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8)
+    write_picture(tmp_path / "in.png", picture)
+    result = run(
+        "sample", "-m", folders["image"], "-p", "in.png", "--keep-rows", 3, "-o", "out.png"
+    )
+    assert result.exit_code == 0
+    completed = np.asarray(PIL.Image.open(tmp_path / "out.png"))
+    np.testing.assert_array_equal(completed[:3], picture[:3])
+
+
+def test_a_picture_of_another_size_is_fitted(run, folders, tmp_path, write_picture) -> None:
+    write_picture(tmp_path / "in.png", np.full((90, 200, 3), 77, np.uint8))
+    result = run("sample", "-m", folders["image"], "-p", "in.png", "-o", "out.png")
+    assert result.exit_code == 0
+
+
+def test_sound_without_out_gets_a_name_of_its_own(run, folders, tmp_path) -> None:
+    import soundfile
+
+    for n in (1, 2):
+        result = run("sample", "-m", folders["audio"], "-p", "two", "--seconds", 0.01)
+        assert result.stdout == f"audio-{n}.wav\n"
+        wave, rate = soundfile.read(tmp_path / f"audio-{n}.wav")
+        assert rate == 8000
+        assert len(wave) <= 80
+
+
+def test_several_clips_are_numbered(run, folders, tmp_path) -> None:
+    result = run("sample", "-m", folders["audio"], "-n", 2, "--seconds", 0.01, "-o", "c.flac")
+    assert result.stdout == "c-1.flac\nc-2.flac\n"
+    assert (tmp_path / "c-2.flac").exists()
+
+
+def test_a_clip_is_continued(run, folders, tmp_path, write_sound) -> None:
+    import soundfile
+
+    write_sound(tmp_path / "in.wav", 0.2 * np.sin(np.arange(160) / 4), 16000)
+    result = run(
+        "sample", "-m", folders["audio"], "-p", "in.wav", "--seconds", 0.01, "-o", "out.wav"
+    )
+    assert result.exit_code == 0
+    wave, _ = soundfile.read(tmp_path / "out.wav")
+    assert 80 <= len(wave) <= 160
+
+
+def test_existing_files_are_kept_without_force(run, folders, tmp_path) -> None:
+    (tmp_path / "a.png").write_text("precious")
+    refused = run("sample", "-m", folders["image"], "-o", "a.png")
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    assert (tmp_path / "a.png").read_text() == "precious"
+    assert run("sample", "-m", folders["image"], "-o", "a.png", "--force").exit_code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["sample", "-m", "wikki"], 2, "did you mean 'wiki'?"),
+        (["sample", "-m", "IMAGE", "-p", "bird"], 2, "neither a file nor a class"),
+        (["sample", "-m", "IMAGE", "-p", "notes.png"], 2, "'notes.png' is not a readable picture"),
+        (["sample", "-m", "AUDIO", "-p", "notes.png"], 2, "is not a readable sound file"),
+        (["sample", "-m", "TEXT", "-p", "missing.txt"], 2, "cannot read the prompt"),
+        (["sample", "-m", "TEXT", "--seconds", "1"], 2, "--seconds is for sound"),
+        (["sample", "-m", "TEXT", "--keep-rows", "1"], 2, "keep_rows needs a picture"),
+        (["sample", "-m", "TEXT", "--top-p", "7"], 2, "0 < top_p <= 1"),
+        (["sample", "-m", "IMAGE", "-o", "a.txt"], 2, "must end in .png"),
+        (["sample", "-m", "IMAGE", "-o", "nowhere/a.png"], 2, "there is no folder 'nowhere'"),
+        (["sample", "-m", "AUDIO", "-o", "-", "-n", "2"], 2, "several clips"),
+        (["sample", "--count", "0"], 2, "--count"),
+        (["sample", "--nonsense"], 2, "--nonsense"),
+        (["evaluate", "TEXT", "--data", "missing.txt"], 1, "there is no file or folder"),
+        (["evaluate", "TEXT", "--data", "notes.png"], 1, "not readable UTF-8 text"),
+        (["evaluate", "IMAGE", "--data", "notes.png"], 1, "is not a readable picture"),
+        (["train", "nonsense", "--data", ".", "-o", "o"], 2, "there is no recipe 'nonsense'"),
+        (["train", "digits", "--data", ".", "-o", "o", "--set", "x=1"], 2, "unknown setting 'x'"),
+        (["train", "digits", "--data", ".", "-o", "o", "--set", "x"], 2, "key=value"),
+        (["train", "digits", "--data", ".", "-o", "o"], 1, "must hold one file or folder"),
+        (["train", "digits", "--data", ".", "-o", "o", "--resume"], 1, "no training to resume"),
+        (["inspect", "."], 1, "has no config.json"),
+    ],
+)
+def test_errors_are_one_sentence(run, folders, tmp_path, arguments, code, message) -> None:
+    (tmp_path / "notes.png").write_bytes(b"\xff\xfe not a picture")
+    names = {m.upper(): folder for m, folder in folders.items()}
+    result = run(*[names.get(a, a) for a in arguments])
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_evaluate_prints_value_and_unit(run, folders, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text(" = One = \n\nThe quick fox.\n = Two = \n\nThe lazy dog.\n")
+    result = run("evaluate", folders["text"], "--data", "a.txt", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["unit"] == "bits/byte"
+    assert facts["examples"] == 2
+    assert facts["units"] == (tmp_path / "a.txt").stat().st_size
+    assert facts["value"] == pytest.approx(facts["bits"] / facts["units"])
+    limited = json.loads(
+        run("evaluate", folders["text"], "--data", "a.txt", "--json", "--limit", 1).stdout
+    )
+    assert limited["examples"] == 1
+    assert "bits/byte" in run("evaluate", folders["text"], "--data", "a.txt").stdout
+
+
+def test_models_lists_the_shipped_ones(run) -> None:
+    names = [json.loads(line)["name"] for line in run("models", "--json").stdout.splitlines()]
+    assert "wiki" in names
+    assert "wiki" in run("models").stdout
+
+
+def test_inspect_reports_sizes(run, folders) -> None:
+    facts = json.loads(run("inspect", folders["image"], "--json").stdout)
+    assert facts["period"] == 6
+    assert facts["parameters"] > 0
+    assert facts["state_bytes"] > 0
+
+
+def test_train_then_sample(run, tmp_path, write_sound) -> None:
+    for split, n in (("train", 4), ("validation", 2)):
+        for i in range(n):
+            wave = 0.3 * np.sin(np.arange(60) / (2 + i))
+            write_sound(tmp_path / "data" / split / f"{i}_a.wav", wave)
+    small = ["d_model=(8,16)", "n_layers=(1,1)", "pools=(4,)", "d_state=8", "batch_size=2"]
+    settings = [argument for s in small for argument in ("--set", s)]
+    result = run(
+        "train", "digits", "--data", "data", "-o", "out", "--set", "steps=3", *settings
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "out/checkpoint\n"
+    assert "validation" in result.stderr
+    assert (
+        run("sample", "-m", "out/checkpoint", "-p", "3", "--seconds", 0.01, "-o", "a.wav").exit_code
+        == 0
+    )
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def test_ctrl_c_ends_text_with_what_there_is(folders, tmp_path) -> None:
+    process = start(
+        "sample", "-m", folders["text"], "-p", "The", "--max-tokens", "10000000", cwd=tmp_path
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(20).startswith(b"The")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert b"seed" in errors
+
+
+def test_ctrl_c_saves_the_partial_picture(
+    make_model: Callable[..., SequenceModel], tmp_path: Path
+) -> None:
+    codec = Image(200, 200, 3)
+    model = make_model(
+        "image", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs, image_shape=(200, 200, 3)
+    )
+    save(Checkpoint(model, codec), tmp_path / "slow")
+    process = start("sample", "-m", "slow", "-o", "a.png", cwd=tmp_path)
+    time.sleep(6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_closed_pipe_is_silent(folders, tmp_path) -> None:
+    process = start("sample", "-m", folders["text"], "--max-tokens", "3000", "-q", cwd=tmp_path)
+    assert process.stdout is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""

@@ -1,0 +1,98 @@
+"""The sampling loop."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from genssm import engine
+from genssm.engine import Generation, read
+from genssm.model import SequenceModel, to_recurrent
+from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
+
+MakeModel = Callable[..., SequenceModel]
+PROMPT = torch.tensor([20, 3, 1, 4])
+WIDTHS = {"isotropic": (32,), "pooled": (32, 32, 64)}  # whole vectors: see Generation
+
+
+def drawn(generation: Generation, steps: int) -> dict[int, list[tuple[int, float]]]:
+    """Tokens and bits by sample."""
+    result: dict[int, list[tuple[int, float]]] = {}
+    for _ in range(steps):
+        for d in generation.step():
+            result.setdefault(d.sample, []).append((d.token, d.bits))
+    return result
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled"])
+def test_generation_equals_drawing_from_the_whole_convolution(
+    make_model: MakeModel, kind: str
+) -> None:
+    model = make_model(kind)
+    config = SamplingConfig(temperature=0.9, top_k=15)
+    generation = Generation(to_recurrent(model), PROMPT, config, seed=5, indices=range(1))
+    tokens = PROMPT.tolist()
+    stream = RandomStream(5, 0)
+    for token, bits in drawn(generation, 30)[0]:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))[:, -1]
+        uniform = torch.tensor([stream.next()], dtype=torch.float64)
+        assert token == int(draw(probabilities(logits, config), uniform))
+        expected = -float(logits.log_softmax(-1)[0, token]) / math.log(2)
+        assert bits == pytest.approx(expected, abs=1e-3)
+        tokens.append(token)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled"])
+def test_samples_do_not_depend_on_their_company(make_model: MakeModel, kind: str) -> None:
+    recurrent = to_recurrent(make_model(kind, d_model=WIDTHS[kind]))
+    config = SamplingConfig(repetition_penalty=1.3)
+    together = drawn(Generation(recurrent, PROMPT, config, seed=1, indices=range(5)), 25)
+    for i in range(5):
+        alone = Generation(recurrent, PROMPT, config, seed=1, indices=range(i, i + 1))
+        assert drawn(alone, 25)[0] == together[i]
+    assert len({tuple(tokens) for tokens in together.values()}) == 5
+
+
+def test_finished_samples_leave_without_a_trace(make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
+
+    def start() -> Generation:
+        return Generation(recurrent, PROMPT, SamplingConfig(), seed=2, indices=range(3))
+
+    complete = drawn(start(), 20)
+    generation = start()
+    first = drawn(generation, 7)
+    generation.finish({1})
+    rest = drawn(generation, 13)
+    assert generation.active == [0, 2]
+    assert 1 not in rest
+    for i in (0, 2):
+        assert first[i] + rest[i] == complete[i]
+    generation.finish({0, 2})
+    assert generation.step() == []
+
+
+def test_a_prompt_read_in_pieces_gives_the_same_logits(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recurrent = to_recurrent(make_model("pooled"))
+    prompt = torch.randint(0, 20, (41,))
+    whole, _ = read(recurrent, prompt)
+    monkeypatch.setattr(engine, "PIECE", 7)
+    pieces, state = read(recurrent, prompt)
+    torch.testing.assert_close(pieces, whole)
+    assert int(state.position) == 41
+
+
+def test_an_empty_prompt_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="start token"):
+        read(to_recurrent(make_model("isotropic")), torch.tensor([], dtype=torch.int64))
+
+
+def test_stepping_leaves_the_number_of_threads_as_it_was(make_model: MakeModel) -> None:
+    before = torch.get_num_threads()
+    drawn(Generation(to_recurrent(make_model("isotropic")), PROMPT, SamplingConfig(), seed=0,
+                     indices=range(1)), 2)  # fmt: skip
+    assert torch.get_num_threads() == before

@@ -1,0 +1,410 @@
+"""The sequence model: its views agree, it is causal, and its heads are exact likelihoods."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genssm.layers import StateSpace
+from genssm.model import (
+    Linear,
+    Logistics,
+    ModelConfig,
+    RecurrentModel,
+    SequenceModel,
+    State,
+    to_recurrent,
+)
+
+Near = Callable[[Tensor, Tensor, float], None]
+MakeModel = Callable[..., SequenceModel]
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+PERIOD = 6  # of every model with pools in conftest
+
+everywhere = pytest.mark.parametrize(
+    ("kind", "layer"),
+    [(kind, layer) for kind in ("isotropic", "pooled", "image") for layer in ("s4d", "s4")],
+)
+any_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
+
+
+class Readout(nn.Module):
+    """A head that shows what heads read, in the precision of the model: logits are float32."""
+
+    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
+        return features if prediction is None else torch.cat([features, prediction], -1)
+
+
+def in_precision(model: SequenceModel, dtype: torch.dtype) -> SequenceModel:
+    if dtype == torch.float64:
+        model = model.double()
+        model.head = Readout()  # type: ignore[assignment]
+    return model
+
+
+def draw(model: SequenceModel, batch: int, length: int) -> Tensor:
+    return torch.randint(0, model.config.n_outputs, (batch, length))
+
+
+def by_steps(model: RecurrentModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """Logits (B, L, V) of stepping through tokens (B, L), and the state after."""
+    logits = []
+    for t in range(tokens.shape[1]):
+        at_t, state = model.step(tokens[:, t], state)
+        logits.append(at_t)
+    return torch.stack(logits, 1), state
+
+
+def assert_same_state(actual: State, expected: State, near: Near, tolerance: float) -> None:
+    assert torch.equal(actual.position, expected.position)
+    assert torch.equal(actual.history, expected.history)
+    for a, b in zip(actual.tensors(), expected.tensors(), strict=True):
+        near(*(torch.view_as_real(t) if t.is_complex() else t for t in (a, b)), tolerance)
+
+
+@everywhere
+@any_dtype
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 29, 70])
+@torch.no_grad()
+def test_step_and_prefill_match_convolution(
+    kind: str, layer: str, dtype: torch.dtype, length: int,
+    make_model: MakeModel, assert_near: Near,
+):  # fmt: skip
+    """Whether or not the strides divide the length, and beyond the l_max of 24."""
+    model = in_precision(make_model(kind, layer), dtype)
+    tokens = draw(model, 2, length)
+    expected, tolerance = model(tokens), TOLERANCES[dtype]
+    recurrent = to_recurrent(model)
+    logits, stepped = by_steps(recurrent, tokens, recurrent.initial_state(2))
+    assert_near(logits, expected, tolerance)
+    logits, prefilled = recurrent.prefill(tokens)
+    assert_near(logits, expected, tolerance)
+    assert_same_state(prefilled, stepped, assert_near, tolerance)
+
+
+@everywhere
+@torch.no_grad()
+def test_steps_go_on_from_a_prompt_of_every_phase(
+    kind: str, layer: str, make_model: MakeModel, assert_near: Near
+):
+    model = in_precision(make_model(kind, layer), torch.float64)
+    tokens = draw(model, 2, 3 * PERIOD + 1)
+    expected = model(tokens)
+    recurrent = to_recurrent(model)
+    for length in range(2 * PERIOD + 1):
+        logits, state = recurrent.prefill(tokens[:, :length])
+        rest, _ = by_steps(recurrent, tokens[:, length:], state)
+        assert_near(torch.cat([logits, rest], 1), expected, 1e-9)
+
+
+@everywhere
+@any_dtype
+@torch.no_grad()
+def test_prefill_in_pieces_of_every_phase_matches_convolution(
+    kind: str, layer: str, dtype: torch.dtype, make_model: MakeModel, assert_near: Near
+):
+    model = in_precision(make_model(kind, layer), dtype)
+    tokens = draw(model, 2, 3 * PERIOD + 1)
+    expected = model(tokens)
+    recurrent = to_recurrent(model)
+    for first in range(PERIOD + 1):
+        for second in (1, PERIOD):
+            pieces, state = [], None
+            for piece in tokens.tensor_split([first, first + second], 1):
+                logits, state = recurrent.prefill(piece, state)
+                pieces.append(logits)
+            assert_near(torch.cat(pieces, 1), expected, TOLERANCES[dtype])
+
+
+@everywhere
+@torch.no_grad()
+def test_logits_depend_on_no_later_token(kind: str, layer: str, make_model: MakeModel):
+    model = make_model(kind, layer).double()
+    tokens = draw(model, 1, 4 * PERIOD)
+    before = model(tokens)
+    for t in range(4 * PERIOD):
+        changed = tokens.clone()
+        changed[:, t] = (tokens[:, t] + 7) % model.config.n_outputs
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=2e-6)
+        assert float((after[:, t] - before[:, t]).abs().max()) > 1e-3
+
+
+@everywhere
+@torch.no_grad()
+def test_step_gives_a_row_the_same_bits_in_any_company(
+    kind: str, layer: str, make_model: MakeModel
+):
+    """For widths that fill the vectors of the processor, as those of the recipes do."""
+    widths = (32,) if kind == "isotropic" else (32, 64, 32)
+    recurrent = to_recurrent(make_model(kind, layer, d_model=widths, d_state=16))
+    tokens = torch.randint(0, recurrent.config.n_outputs, (5, 2 * PERIOD + 1))
+    together, _ = by_steps(recurrent, tokens, recurrent.initial_state(5))
+    for row in range(5):
+        alone, _ = by_steps(recurrent, tokens[row : row + 1], recurrent.initial_state(1))
+        assert torch.equal(alone[0], together[row])
+
+
+@everywhere
+@torch.no_grad()
+def test_state_does_not_grow(kind: str, layer: str, make_model: MakeModel):
+    recurrent = to_recurrent(make_model(kind, layer))
+    state = recurrent.initial_state(2)
+    shapes = [(t.shape, t.dtype) for t in state.tensors()]
+    for length in (1, 10, 40):
+        tokens = torch.randint(0, recurrent.config.n_outputs, (2, length))
+        for after in (recurrent.prefill(tokens)[1], by_steps(recurrent, tokens, state)[1]):
+            assert int(after.position) == length
+            assert [(t.shape, t.dtype) for t in after.tensors()] == shapes
+
+
+@everywhere
+@torch.no_grad()
+def test_rows_of_a_state_can_be_repeated_dropped_and_reordered(
+    kind: str, layer: str, make_model: MakeModel
+):
+    recurrent = to_recurrent(make_model(kind, layer))
+    prompt = torch.randint(0, recurrent.config.n_outputs, (3, PERIOD + 1))
+    _, state = by_steps(recurrent, prompt, recurrent.initial_state(3))
+    rows = torch.tensor([2, 0, 0])
+    token = torch.tensor([4, 4, 5])
+    logits, after = recurrent.step(token, state.rows(rows))
+    assert int(after.position) == PERIOD + 2
+    for i, row in enumerate(rows.tolist()):
+        _, alone = by_steps(recurrent, prompt[row : row + 1], recurrent.initial_state(1))
+        expected, _ = recurrent.step(token[i : i + 1], alone)
+        torch.testing.assert_close(logits[i], expected[0])
+
+
+@torch.no_grad()
+def test_a_step_leaves_the_state_it_was_given_unchanged(make_model: MakeModel):
+    recurrent = to_recurrent(make_model("image"))
+    _, state = recurrent.prefill(torch.randint(0, 256, (2, 5)))
+    copies = [t.clone() for t in state.tensors()]
+    recurrent.step(torch.tensor([1, 2]), state)
+    recurrent.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), state)
+    assert all(map(torch.equal, state.tensors(), copies))
+
+
+@torch.no_grad()
+def test_converted_model_no_longer_follows_the_trained_one(make_model: MakeModel):
+    model = make_model("pooled")
+    recurrent = to_recurrent(model)
+    tokens = draw(model, 1, 9)
+    before, _ = by_steps(recurrent, tokens, recurrent.initial_state(1))
+    for parameter in model.parameters():
+        parameter += 1
+    after, _ = by_steps(recurrent, tokens, recurrent.initial_state(1))
+    assert torch.equal(before, after)
+    assert not any(p.requires_grad for p in recurrent.parameters())
+
+
+@everywhere
+def test_log_prob_is_the_log_softmax_at_the_target(
+    kind: str, layer: str, make_model: MakeModel, assert_near: Near
+):
+    model = make_model(kind, layer)
+    tokens = draw(model, 3, 40)
+    log_p = torch.log_softmax(model(tokens)[:, :-1], -1)
+    expected = log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+    assert_near(model.log_prob(tokens), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "image"])
+def test_log_prob_has_the_gradient_of_the_log_softmax(
+    kind: str, make_model: MakeModel, assert_near: Near
+):
+    model = make_model(kind)
+    tokens = draw(model, 3, 200)  # the softmax head works in slices of 512 targets
+    weights = torch.randn(3, 199)
+    parameters = list(model.parameters())
+    fast = torch.autograd.grad((model.log_prob(tokens) * weights).sum(), parameters)
+    log_p = torch.log_softmax(model(tokens[:, :-1]), -1)
+    naive = (log_p.gather(-1, tokens[:, 1:, None])[..., 0] * weights).sum()
+    for actual, expected in zip(fast, torch.autograd.grad(naive, parameters), strict=True):
+        assert_near(actual, expected, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_bfloat16_autocast_gives_a_finite_loss_near_that_of_float32(
+    kind: str, make_model: MakeModel
+):
+    model = make_model(kind)
+    tokens = draw(model, 2, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_p = model.log_prob(tokens)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p, model.log_prob(tokens), rtol=0.05, atol=0.1)
+    log_p.mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+# How far the means lie and how wide the logistics are: narrower than a bin to wider than [-1, 1].
+@pytest.mark.parametrize("mean", [0.0, 0.5, -1.0, 30.0, -1e4])
+@pytest.mark.parametrize("log_scale", [-100.0, -4.5, 0.0, 3.0, 20.0, 100.0])
+@pytest.mark.parametrize("n_outputs", [2, 256, 257])
+def test_logistic_probabilities_sum_to_one(n_outputs: int, mean: float, log_scale: float):
+    config = ModelConfig(
+        vocab_size=n_outputs, n_outputs=n_outputs, d_model=(4,), n_layers=(1,),
+        head="logistics", taps=(1,),
+    )  # fmt: skip
+    head = Logistics(config)
+    with torch.no_grad():
+        head.linear.bias[2 * head.mixtures :] = log_scale
+        logits = head.logits(torch.randn(3, 4), torch.full((3, 1), mean))
+    assert logits.shape == (3, n_outputs)
+    assert not bool(logits.isnan().any())
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(3), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("log_scale", [-100.0, 0.0, 20.0])
+def test_logistic_likelihood_has_finite_gradients(log_scale: float, make_model: MakeModel):
+    model = make_model("image")
+    assert isinstance(model.head, Logistics)
+    with torch.no_grad():
+        model.head.linear.bias[2 * Logistics.mixtures :] = log_scale
+    model.log_prob(torch.tensor([[256, 0, 255, 128, 0, 0, 255, 255]])).sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_logistic_mass_is_the_integral_over_the_bin():
+    config = ModelConfig(
+        vocab_size=256, n_outputs=256, d_model=(4,), n_layers=(1,), head="logistics", taps=(1,)
+    )
+    head = Logistics(config).double()
+    features, prediction = torch.zeros(1, 4).double(), torch.tensor([[0.1]]).double()
+    with torch.no_grad():
+        head.linear.bias += 0.3 * torch.randn_like(head.linear.bias)
+        weight, offset, log_scale = head.linear.bias.chunk(3)
+        edges = (torch.arange(257).double() - 0.5) / 127.5 - 1
+        edges[0], edges[-1] = -torch.inf, torch.inf
+        scale = torch.exp(log_scale - 2.5)
+        cumulative = torch.sigmoid((edges[:, None] - 0.1 - 0.3 * offset) / scale)
+        expected = (cumulative.diff(dim=0) * weight.softmax(-1)).sum(-1)
+        actual = head.logits(features, prediction)[0].exp()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_prediction_at_t_is_of_the_token_after_t():
+    """A model shown a cycle learns to name the next element, not the one just read."""
+    config = ModelConfig(vocab_size=6, n_outputs=5, d_model=(16,), n_layers=(1,), d_state=8)
+    model = SequenceModel(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    tokens = torch.tensor([3, 1, 4, 0, 2] * 5)[None]
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = -model.log_prob(tokens).mean()
+        loss.backward()
+        optimizer.step()
+    assert model(tokens).argmax(-1)[0, 5:-1].tolist() == tokens[0, 6:].tolist()
+    recurrent = to_recurrent(model)
+    logits, state = recurrent.prefill(tokens[:, :10])
+    written = []
+    for _ in range(10):
+        logits, state = recurrent.step(logits.view(-1, 5)[-1:].argmax(-1), state)
+        written.append(int(logits.argmax()))
+    assert written == [1, 4, 0, 2, 3, 1, 4, 0, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_parameter_groups_are_a_partition_of_the_parameters(
+    kind: str, layer: str, make_model: MakeModel
+):
+    model = make_model(kind, layer)
+    groups = model.parameter_groups()
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
+    spaces = [m for m in model.modules() if isinstance(m, StateSpace)]
+    assert len(groups["dynamics"]) == sum(len(m.dynamics) for m in spaces)
+    hidden = [m for m in model.stack.modules() if isinstance(m, Linear)]
+    assert {id(p) for p in groups["matrices"]} == {id(m.weight) for m in hidden}
+    assert all(p.dim() == 2 for p in groups["matrices"])
+
+
+def test_start_tokens_and_labels_are_read_as_tokens_but_not_as_values(make_model: MakeModel):
+    model = make_model("image")
+    ids = torch.tensor([[0, 255, 256, 258, -1]])
+    assert model.inputs.values(ids).tolist() == [[-1.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("length", [0, 1])
+@torch.no_grad()
+def test_the_shortest_sequences_are_no_exception(length: int, make_model: MakeModel):
+    for kind in ("isotropic", "pooled", "image"):
+        model = make_model(kind)
+        tokens = draw(model, 2, length)
+        assert model(tokens).shape == (2, length, model.config.n_outputs)
+        logits, state = to_recurrent(model).prefill(tokens)
+        assert logits.shape == (2, length, model.config.n_outputs)
+        assert int(state.position) == length
+        assert model.log_prob(draw(model, 2, 1)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[0, 23]]), r"0 … 22, got 0 … 23"),
+        (torch.tensor([[-1, 3]]), r"0 … 22, got -1 … 3"),
+        (torch.tensor([1, 2]), r"integers of shape \(B, L\), got \(2,\) torch.int64"),
+        (torch.tensor([[0.5]]), r"integers of shape \(B, L\), got \(1, 1\) torch.float32"),
+    ],
+)
+def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_model: MakeModel):
+    model = make_model("isotropic")
+    for read in (model, to_recurrent(model).prefill):
+        with pytest.raises(ValueError, match=message):
+            read(tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"n_outputs": 0}, "1 <= n_outputs"),
+        ({"n_outputs": 11}, "n_outputs <= vocab_size"),
+        ({"d_model": ()}, "one entry a level"),
+        ({"d_model": (8, 8)}, "one entry a level"),
+        ({"n_layers": (1, 1)}, "one entry a level"),
+        ({"pools": (2,)}, "one entry a level"),
+        ({"d_model": (0,)}, "every d_model >= 1"),
+        ({"n_layers": (-1,)}, "every n_layers >= 0"),
+        ({"d_model": (8, 8), "n_layers": (1, 1), "pools": (1,)}, "every pool >= 2"),
+        ({"layer": "lstm"}, "layer is one of s4, s4d, s4d-inv"),
+        ({"head": "gauss"}, "head is one of softmax, logistics"),
+        ({"d_state": 7}, "d_state is even"),
+        ({"d_state": 0}, "d_state is even"),
+        ({"l_max": 0}, "l_max >= 1"),
+        ({"dt_min": 0.0}, "0 < dt_min"),
+        ({"dt_min": 0.2, "dt_max": 0.1}, "dt_min <= dt_max"),
+        ({"expand": 0}, "expand >= 1"),
+        ({"dropout": 1.0}, "dropout < 1"),
+        ({"taps": (1, 0)}, "every tap >= 1"),
+        ({"head": "logistics"}, "the logistics head needs taps"),
+        ({"image_shape": (4, 4)}, "image_shape"),
+        ({"image_shape": (4, 4, 0)}, "image_shape"),
+    ],
+)
+def test_config_refuses_what_no_model_can_have(settings: dict[str, Any], rule: str):
+    with pytest.raises(ValueError, match=rule):
+        ModelConfig(**{"vocab_size": 10, "n_outputs": 10, "d_model": (8,), "n_layers": (1,)} | settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"d_model": 64}, {"d_state": "32"}, {"taps": 3}, {"dropout": "no"}]
+)
+def test_config_refuses_values_of_the_wrong_type(settings: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ModelConfig(vocab_size=10, n_outputs=10, **settings)
+
+
+def test_config_survives_json(make_model: MakeModel):
+    import json
+
+    config = make_model("image").config
+    assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
+    assert config.period == PERIOD
+    assert config.channels == 3

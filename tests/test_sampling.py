@@ -1,0 +1,119 @@
+"""From logits to tokens."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genssm.sampling import RandomStream, SamplingConfig, draw, new_seed, penalize, probabilities
+
+LOGITS = torch.tensor([[0.5, 2.0, -1.0, 1.0, 0.0]]).log_softmax(-1)
+
+
+def by_hand(config: SamplingConfig) -> Tensor:
+    """The filters one token at a time, in the stated order."""
+    p = [math.exp(x / config.temperature) for x in LOGITS[0].tolist()]
+    p = [x / sum(p) for x in p]
+    ranked = sorted(range(len(p)), key=lambda i: -p[i])
+    if config.top_k:
+        p = [x if i in ranked[: config.top_k] else 0.0 for i, x in enumerate(p)]
+        p = [x / sum(p) for x in p]
+    if config.top_p < 1:
+        kept, mass = [], 0.0
+        for i in ranked:
+            if mass < config.top_p:
+                kept.append(i)
+            mass += p[i]
+        p = [x if i in kept else 0.0 for i, x in enumerate(p)]
+        p = [x / sum(p) for x in p]
+    p = [x if x >= config.min_p * max(p) else 0.0 for x in p]
+    return torch.tensor([[x / sum(p) for x in p]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(temperature=0.5),
+        SamplingConfig(temperature=3),
+        SamplingConfig(top_k=2),
+        SamplingConfig(top_k=99),
+        SamplingConfig(top_p=0.6),
+        SamplingConfig(top_p=1e-9),
+        SamplingConfig(min_p=0.3),
+        SamplingConfig(temperature=0.7, top_k=4, top_p=0.9, min_p=0.1),
+    ],
+)
+def test_filters_equal_the_definition(config: SamplingConfig) -> None:
+    torch.testing.assert_close(probabilities(LOGITS, config), by_hand(config))
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    p = probabilities(LOGITS, SamplingConfig(temperature=0))
+    assert p.tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+def test_tiny_temperature_does_not_overflow() -> None:
+    p = probabilities(LOGITS * 1e4, SamplingConfig(temperature=1e-3))
+    assert p.tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+def test_repetition_penalty_lowers_what_was_seen() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_draw_inverts_the_distribution() -> None:
+    p = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).double().expand(5, -1)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 1 - 1e-16]).double()
+    assert draw(p, uniform).tolist() == [0, 0, 2, 2, 3]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    stream = RandomStream(7, 0)
+    n = 20_000
+    p = torch.tensor([[0.1, 0.2, 0.7]]).double().expand(n, -1)
+    tokens = draw(p, torch.tensor([stream.next() for _ in range(n)]).double())
+    share = torch.bincount(tokens, minlength=3) / n
+    torch.testing.assert_close(share.double(), p[0], atol=0.015, rtol=0)  # over 4 deviations
+
+
+def test_streams_depend_on_seed_and_index_alone() -> None:
+    def numbers(seed: int, index: int) -> list[float]:
+        stream = RandomStream(seed, index)
+        return [stream.next() for _ in range(5)]
+
+    assert numbers(1, 2) == numbers(1, 2)
+    assert len({tuple(numbers(seed, index)) for seed in range(5) for index in range(5)}) == 25
+    assert all(0 <= x < 1 for x in numbers(0, 0))
+
+
+def test_new_seeds_differ_and_are_valid() -> None:
+    seeds = {new_seed() for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(RandomStream(seed, 0) for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"temperature": math.nan},
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict) -> None:
+    with pytest.raises(ValueError, match="sampling needs"):
+        SamplingConfig(**setting)
+
+
+def test_seed_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed must lie in"):
+        RandomStream(-1, 0)

@@ -1,0 +1,190 @@
+"""Discretisation, kernels and convolution against SciPy and against the direct sums."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+from torch import Tensor
+
+from genssm import hippo, ssm
+
+Near = Callable[[Tensor, Tensor, float], None]
+
+
+def stable_system(N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A (N, N), B (N,), C (N,), float64, with A stable."""
+    A = torch.randn(N, N, dtype=torch.float64)
+    A -= (A.abs().sum() + 1) / N * torch.eye(N, dtype=torch.float64)
+    return A, torch.randn(N, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+
+
+def by_scipy(A: Tensor, B: Tensor, dt: float, method: str) -> tuple[Tensor, Tensor]:
+    N = A.shape[-1]
+    system = (A.numpy(), B[:, None].numpy(), np.zeros((1, N)), np.zeros((1, 1)))
+    A_bar, B_bar, *_ = scipy.signal.cont2discrete(system, dt, method)
+    return torch.from_numpy(A_bar), torch.from_numpy(B_bar[:, 0])
+
+
+@pytest.mark.parametrize("method", ssm.DISCRETIZATIONS)
+@pytest.mark.parametrize("N", [1, 2, 7, 16])
+def test_discretize_matches_scipy(N: int, method: str):
+    for A, B in [hippo.legs(N), stable_system(N)[:2]]:
+        for dt in (1e-3, 0.1, 1.0):
+            actual = ssm.discretize(A, B, dt, method)
+            torch.testing.assert_close(actual, by_scipy(A, B, dt, method), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ssm.DISCRETIZATIONS)
+def test_discretize_broadcasts_leading_dimensions(method: str):
+    A, B = hippo.legs(4)
+    dts = torch.tensor([[0.01], [0.1]], dtype=torch.float64)  # (2, 1)
+    Bs = torch.stack([B, 2 * B, -B])  # (3, N)
+    A_bar, B_bar = ssm.discretize(A, Bs, dts, method)
+    assert A_bar.shape == (2, 3, 4, 4)
+    assert B_bar.shape == (2, 3, 4)
+    for i in range(2):
+        for j in range(3):
+            expected = by_scipy(A, Bs[j], float(dts[i]), method)
+            torch.testing.assert_close((A_bar[i, j], B_bar[i, j]), expected)
+
+
+def test_zero_order_hold_of_an_integrator_needs_no_inverse():
+    A_bar, B_bar = ssm.discretize(torch.zeros(1, 1), torch.ones(1), 0.25, "zoh")
+    assert (A_bar.item(), B_bar.item()) == (1.0, 0.25)
+
+
+def test_discretize_refuses_unknown_methods():
+    with pytest.raises(ValueError, match="one of bilinear, zoh; got 'euler'"):
+        ssm.discretize(*hippo.legs(2), 0.1, "euler")
+
+
+@pytest.mark.parametrize("dt", [0.0, -0.1, float("nan"), torch.tensor([0.1, -1.0])])
+def test_discretize_refuses_intervals_that_are_not_positive(dt: float | Tensor):
+    with pytest.raises(ValueError, match="dt must be positive"):
+        ssm.discretize(*hippo.legs(2), dt)
+
+
+@pytest.mark.parametrize(("A", "B"), [((2, 3), (3,)), ((3, 3), (2,)), ((5, 3, 2), (5, 2))])
+def test_discretize_refuses_shapes_that_do_not_fit(A: tuple[int, ...], B: tuple[int, ...]):
+    with pytest.raises(ValueError, match="A must be"):
+        ssm.discretize(torch.zeros(A), torch.zeros(B), 0.1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_krylov_kernel_convolved_by_fft_matches_a_simulation(length: int):
+    """``dlsim`` lets an input act one step later than x_k = Ā x_{k-1} + B̄ u_k does."""
+    A, B, C = stable_system(5)
+    A_bar, B_bar = ssm.discretize(A, B, 0.1)
+    u = torch.randn(2, 1, length, dtype=torch.float64)
+    D = torch.tensor([0.7], dtype=torch.float64)
+    y = ssm.fft_convolution(u, ssm.krylov_kernel(A_bar, B_bar, C, length)[None], D)
+    CA, CB = C @ A_bar, C @ B_bar + D
+    system = (A_bar.numpy(), B_bar[:, None].numpy(), CA[None].numpy(), CB[None].numpy(), 0.1)
+    for row in range(2):
+        _, expected, _ = scipy.signal.dlsim(system, u[row, 0].numpy())
+        np.testing.assert_allclose(y[row, 0].numpy(), expected[:, 0], rtol=1e-9, atol=1e-12)
+
+
+def test_krylov_kernel_takes_leading_dimensions_and_no_length():
+    A, B, C = (torch.stack([t, t / 2]) for t in stable_system(3))
+    A_bar, B_bar = ssm.discretize(A, B, 0.1)
+    assert ssm.krylov_kernel(A_bar, B_bar, C, 0).shape == (2, 0)
+    kernel = ssm.krylov_kernel(A_bar, B_bar, C, 4)
+    for i in range(2):
+        expected = [C[i] @ torch.linalg.matrix_power(A_bar[i], k) @ B_bar[i] for k in range(4)]
+        torch.testing.assert_close(kernel[i], torch.stack(expected))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 37, 64, 1000])
+def test_vandermonde_kernel_matches_the_direct_sum(length: int, assert_near: Near):
+    c = torch.randn(3, 5, dtype=torch.complex128)
+    log_a = torch.complex(-torch.rand(3, 5).double() / 50, 3 * torch.randn(3, 5).double())
+    k = torch.arange(length, dtype=torch.float64)
+    expected = (c[..., None] * torch.exp(log_a[..., None] * k)).sum(1).real
+    assert_near(ssm.vandermonde_kernel(c, log_a, length), expected, 1e-11)
+    single = ssm.vandermonde_kernel(c.to(torch.complex64), log_a.to(torch.complex64), length)
+    assert single.dtype == torch.float32
+    assert_near(single, expected, 1e-3)  # phases of up to 10⁴ radians, rounded to float32
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 101, 256])
+@pytest.mark.parametrize("N", [2, 4, 16])
+def test_cauchy_kernel_matches_the_dense_bilinear_system(N: int, length: int, assert_near: Near):
+    Lambda, P, B = hippo.legs_normal_plus_low_rank(N)
+    n, H = N // 2, 2
+    dt = torch.tensor([0.01, 0.2], dtype=torch.float64)
+    C = torch.randn(H, n, dtype=torch.complex128)
+
+    def both(t: Tensor) -> Tensor:
+        return torch.cat([t, t.conj()], -1)
+
+    A = torch.diag(both(Lambda)) - both(P)[:, None] * both(P).conj()[None, :]
+    A_bar, B_bar = ssm.discretize(A, both(B), dt)
+    expected = ssm.krylov_kernel(A_bar, B_bar, both(C), length)
+    assert float(expected.imag.abs().max()) < 1e-9
+    power = torch.linalg.matrix_power(A_bar, length)
+    C_tilde = (both(C) - (both(C)[:, None] @ power)[:, 0])[:, :n]
+    pairs = (t.expand(H, n) for t in (Lambda, P, B))
+    assert_near(ssm.cauchy_kernel(C_tilde, *pairs, dt, length), expected.real, 1e-9)
+
+
+def test_fft_convolution_is_the_causal_sum():
+    u, kernel, D = torch.randn(2, 3, 9), torch.randn(3, 9), torch.randn(3)
+    expected = D[:, None] * u
+    for t in range(9):
+        for k in range(t + 1):
+            expected[..., t] += kernel[:, k] * u[..., t - k]
+    torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected)
+
+
+def test_fft_convolution_of_nothing_is_nothing():
+    y = ssm.fft_convolution(torch.zeros(2, 3, 0), torch.zeros(3, 0), torch.ones(3))
+    assert y.shape == (2, 3, 0)
+
+
+def doubles(*shape: int, complex_valued: bool = False) -> Tensor:
+    dtype = torch.complex128 if complex_valued else torch.float64
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_fft_convolution_has_the_right_gradients(length: int):
+    inputs = (doubles(2, 3, length), doubles(3, length), doubles(3))
+    assert torch.autograd.gradcheck(ssm.fft_convolution, inputs)
+
+
+def test_vandermonde_kernel_has_the_right_gradients():
+    def kernel(c: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
+        return ssm.vandermonde_kernel(c, torch.complex(-decay.exp(), frequency), 7)
+
+    inputs = (doubles(2, 3, complex_valued=True), doubles(2, 3), doubles(2, 3))
+    assert torch.autograd.gradcheck(kernel, inputs)
+
+
+@pytest.mark.parametrize("length", [6, 7])
+def test_cauchy_kernel_has_the_right_gradients(length: int):
+    def kernel(C: Tensor, decay: Tensor, frequency: Tensor, P: Tensor, B: Tensor, dt: Tensor):
+        Lambda = torch.complex(-decay.exp(), frequency)
+        return ssm.cauchy_kernel(C, Lambda, P, B, dt.exp(), length)
+
+    pairs = [doubles(2, 3, complex_valued=True) for _ in range(3)]
+    inputs = (pairs[0], doubles(2, 3), doubles(2, 3), pairs[1], pairs[2], doubles(2))
+    assert torch.autograd.gradcheck(kernel, inputs)
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-1, 10.0])
+def test_kernels_in_float32_have_finite_gradients(dt: float):
+    Lambda, P, B = (
+        t.to(torch.complex64)[None].requires_grad_()
+        for t in hippo.legs_normal_plus_low_rank(16)
+    )
+    C = torch.randn(1, 8, dtype=torch.complex64, requires_grad=True)
+    interval = torch.tensor([dt], requires_grad=True)
+    K = ssm.cauchy_kernel(C, Lambda, P, B, interval, 128)
+    K = K + ssm.vandermonde_kernel(C, Lambda * interval[:, None], 128)
+    K.square().sum().backward()
+    for leaf in (C, Lambda, P, B, interval):
+        assert leaf.grad is not None
+        assert bool(torch.view_as_real(leaf.grad + 0j).isfinite().all())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from genssm import hippo, ssm
@@ -64,9 +65,9 @@ class StateSpace(nn.Module, ABC):
     def forward(self, u: Tensor) -> Tensor:
         """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
         with torch.autocast(u.device.type, enabled=False):
-            x = u.to(self.D.dtype).transpose(1, 2).contiguous()  # (B, L, H) -> (B, H, L)
+            x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
             y = ssm.fft_convolution(x, self.kernel(x.shape[-1]), self.D)
-            return y.transpose(1, 2)
+            return rearrange(y, "b h l -> b l h")
 
 
 class S4D(StateSpace):
@@ -248,7 +249,7 @@ class RecurrentStateSpace(nn.Module):
         keep("a", a.to(complex_dtype))
         keep("b", b.to(complex_dtype))
         keep("c", torch.view_as_real(2 * c.conj()).to(dtype))  # so that c·x is a real dot product
-        keep("D", D.to(dtype))
+        keep("D", D.to(dtype, copy=True))
         keep("p", None if p is None else p.to(complex_dtype))
         keep("q", None if q is None else torch.view_as_real(2 * q.conj()).to(dtype))
 
@@ -290,14 +291,14 @@ class RecurrentStateSpace(nn.Module):
         Chunks of T positions: inside a chunk a Toeplitz product, between chunks the state, which
         enters every output through c Āⁱ⁺¹ and advances by Ā^T and Krylov products.
         """
-        batch, length, H = u.shape
+        length = u.shape[1]
         if length == 0:
             return u, x
         T = self.chunk
         chunks, rest = -(-length // T), length % T
         padded = F.pad(u, (0, 0, 0, chunks * T - length))
-        blocks = padded.view(batch, chunks, T, H).permute(3, 1, 0, 2)  # (H, M, B, T)
-        state = torch.cat([x.real, x.imag], -1).transpose(0, 1)  # (B, H, n) -> (H, B, 2n)
+        blocks = rearrange(padded, "b (m t) h -> h m b t", t=T)
+        state = rearrange(torch.view_as_real(x), "b h n c -> h b (c n)")
         increments = blocks @ self.inputs[:, None].mT  # (H, M, B, 2n)
         states = [state]
         for m in range(chunks - 1 if rest else chunks):
@@ -305,7 +306,7 @@ class RecurrentStateSpace(nn.Module):
             states.append(state)
         starts = torch.stack(states[:chunks], 1)  # (H, M, B, 2n)
         y = blocks @ self.toeplitz[:, None] + starts @ self.outputs[:, None].mT  # (H, M, B, T)
-        y = y.permute(2, 1, 3, 0).reshape(batch, chunks * T, H)[:, :length]
+        y = rearrange(y, "h m b t -> b (m t) h")[:, :length]
         n = self.a.shape[-1]
         x = torch.complex(state[..., :n], state[..., n:]).transpose(0, 1)
         if rest:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -145,10 +146,11 @@ class Pool(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (B, L, H) of any length; a group counts once it is complete."""
-        batch, length, H = u.shape
-        groups = length // self.stride
-        grouped = u[:, : groups * self.stride].reshape(batch, groups, self.stride * H)
-        z = self.up(self.inner(self.down(grouped))).view(batch, groups * self.stride, H)
+        length = u.shape[1]
+        full = length - length % self.stride
+        grouped = rearrange(u[:, :full], "b (g s) h -> b g (s h)", s=self.stride)
+        z = self.up(self.inner(self.down(grouped)))
+        z = rearrange(z, "b g (s h) -> b (g s) h", s=self.stride)
         return u + F.pad(z, (0, 0, self.stride, 0))[:, :length]
 
     def to_recurrent(self) -> "RecurrentPool":
@@ -515,11 +517,12 @@ class RecurrentPool(nn.Module):
         group, queue, inner = state
         phase = position % self.stride
         joined = torch.cat([group[:, :phase], u], 1)  # from the start of the current group
-        batch, length, H = joined.shape
+        length = joined.shape[1]
         full = length - length % self.stride
-        grouped = joined[:, :full].reshape(batch, -1, self.stride * H)
+        grouped = rearrange(joined[:, :full], "b (g s) h -> b g (s h)", s=self.stride)
         z, inner = self.inner.prefill(self.down(grouped), inner, position // self.stride)
-        queue = torch.cat([queue, self.up(z).reshape(batch, full, H)], 1)
+        added = rearrange(self.up(z), "b g (s h) -> b (g s) h", s=self.stride)
+        queue = torch.cat([queue, added], 1)
         y = u + queue[:, phase:length]
         group = F.pad(joined[:, full:], (0, 0, 0, self.stride - (length - full)))
         return y, (group, queue[:, full:], inner)
@@ -530,8 +533,10 @@ class RecurrentPool(nn.Module):
         y = u + queue[:, phase]
         group = torch.cat([group[:, :phase], u[:, None], group[:, phase + 1 :]], 1)
         if phase == self.stride - 1:
-            z, inner = self.inner.step(self.down(group.flatten(1)), inner, position // self.stride)
-            queue, group = self.up(z).view_as(group), torch.zeros_like(group)
+            joined = rearrange(group, "b s h -> b (s h)")
+            z, inner = self.inner.step(self.down(joined), inner, position // self.stride)
+            queue = rearrange(self.up(z), "b (s h) -> b s h", s=self.stride)
+            group = torch.zeros_like(group)
         return y, (group, queue, inner)
 
 

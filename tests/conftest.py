@@ -72,6 +72,23 @@ def assert_near() -> Callable[[Tensor, Tensor, float], None]:
 
 
 @pytest.fixture(scope="session")
+def by_scipy() -> Callable[[np.ndarray, np.ndarray, float, str], tuple[np.ndarray, np.ndarray]]:
+    """SciPy's discretisation: A (N, N), B (N,), dt, method → Ā (N, N), B̄ (N,)."""
+
+    def discretize(
+        A: np.ndarray, B: np.ndarray, dt: float, method: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        import scipy.signal
+
+        N = len(B)
+        system = (A, B[:, None], np.zeros((1, N)), np.zeros((1, 1)))
+        discrete: Any = scipy.signal.cont2discrete(system, dt, method)
+        return discrete[0], discrete[1][:, 0]
+
+    return discretize
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., SequenceModel]:
     """(a key of MODELS, a key of LAYERS, **other settings) → a model of no zero parameters."""
 
@@ -81,7 +98,7 @@ def make_model() -> Callable[..., SequenceModel]:
         model = SequenceModel(ModelConfig(**chosen)).eval()
         with torch.no_grad():  # some parts start at zero and would hide errors
             for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return model
 
     return make

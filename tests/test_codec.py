@@ -218,6 +218,22 @@ def test_picture_with_too_many_values_is_refused():
         Image(2, 2, 1).decode([0] * 5)
 
 
+def test_pictures_are_fitted_by_cropping_their_centre_and_scaling():
+    wide = np.zeros((4, 10, 1), np.uint8)
+    wide[:, 3:7] = 200
+    assert Image(2, 2, 1).fit(wide).reshape(-1).tolist() == [200] * 4
+    small = Image(6, 9, 3).fit(np.full((2, 3, 3), 7, np.uint8))
+    np.testing.assert_array_equal(small, np.full((6, 9, 3), 7, np.uint8))
+    fitting = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
+    np.testing.assert_array_equal(Image(2, 3, 3).fit(fitting), fitting)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), (4, 4, 4), (0, 4, 3)])
+def test_pictures_that_cannot_be_fitted_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"a picture must be \(h, w, 3\), got"):
+        Image(2, 2, 3).fit(np.zeros(shape, np.uint8))
+
+
 # Sound
 
 

@@ -251,7 +251,8 @@ def test_sound_file_that_is_not_readable_is_named(tmp_path: Path):
 @pytest.mark.parametrize("name", ["bad.tar", "bad.tar.xz", "bad.tar.gz"])
 def test_archive_that_is_not_readable_is_named(name: str, tmp_path: Path):
     whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w:" + name[8:]) as archive:
+    mode: Any = "w:" + name[8:]  # the packing by its suffix, if any
+    with tarfile.open(fileobj=whole, mode=mode) as archive:
         member = tarfile.TarInfo("one_a.wav")
         member.size = 5000
         archive.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(5000)))
@@ -283,7 +284,7 @@ def test_examples_are_read_in_the_modality_of_the_codec(
 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path, text_codec: Text):
-    with pytest.raises(ValueError, match="no file or folder '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"no file or folder '.*nowhere'"):
         read_examples(tmp_path / "nowhere", text_codec)
 
 
@@ -311,7 +312,7 @@ def test_a_split_is_found_by_its_name(modality: str, name: str, tmp_path: Path):
 
 
 def test_no_split_or_two_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="one file or folder named 'train' .* found 0"):
+    with pytest.raises(ValueError, match=r"one file or folder named 'train' .* found 0"):
         find_split(tmp_path, "train", "text")
     (tmp_path / "train.txt").touch()
     (tmp_path / "train.txt.gz").touch()
@@ -461,9 +462,7 @@ def test_clips_of_similar_length_share_a_batch():
 def test_weights_cover_a_clip_and_its_end_but_no_padding():
     examples = clips(5, 3, 9, 4)
     batches = ClipBatches(examples, AUDIO, 4, 100, seed=0)
-    expected = {
-        tuple(AUDIO.encode(e.raw)[1:].tolist()): AUDIO.start(e.label) for e in examples
-    }
+    expected = {tuple(AUDIO.encode(e.raw)[1:].tolist()): AUDIO.start(e.label) for e in examples}
     for step in range(10):
         batch = batches.batch(step)
         assert batch.weights is not None

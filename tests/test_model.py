@@ -58,11 +58,15 @@ def by_steps(model: RecurrentModel, tokens: Tensor, state: State) -> tuple[Tenso
     return torch.stack(logits, 1), state
 
 
+def as_real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
 def assert_same_state(actual: State, expected: State, near: Near, tolerance: float) -> None:
     assert torch.equal(actual.position, expected.position)
     assert torch.equal(actual.history, expected.history)
     for a, b in zip(actual.tensors(), expected.tensors(), strict=True):
-        near(*(torch.view_as_real(t) if t.is_complex() else t for t in (a, b)), tolerance)
+        near(as_real(a), as_real(b), tolerance)
 
 
 @everywhere
@@ -196,7 +200,7 @@ def test_converted_model_no_longer_follows_the_trained_one(make_model: MakeModel
     tokens = draw(model, 1, 9)
     before, _ = by_steps(recurrent, tokens, recurrent.initial_state(1))
     for parameter in model.parameters():
-        parameter += 1
+        parameter.add_(1)
     after, _ = by_steps(recurrent, tokens, recurrent.initial_state(1))
     assert torch.equal(before, after)
     assert not any(p.requires_grad for p in recurrent.parameters())
@@ -277,7 +281,7 @@ def test_logistic_mass_is_the_integral_over_the_bin():
     head = Logistics(config).double()
     features, prediction = torch.zeros(1, 4).double(), torch.tensor([[0.1]]).double()
     with torch.no_grad():
-        head.linear.bias += 0.3 * torch.randn_like(head.linear.bias)
+        head.linear.bias.add_(torch.randn_like(head.linear.bias), alpha=0.3)
         weight, offset, log_scale = head.linear.bias.chunk(3)
         edges = (torch.arange(257).double() - 0.5) / 127.5 - 1
         edges[0], edges[-1] = -torch.inf, torch.inf
@@ -390,7 +394,9 @@ def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_mode
 )
 def test_config_refuses_what_no_model_can_have(settings: dict[str, Any], rule: str):
     with pytest.raises(ValueError, match=rule):
-        ModelConfig(**{"vocab_size": 10, "n_outputs": 10, "d_model": (8,), "n_layers": (1,)} | settings)
+        ModelConfig(
+            **{"vocab_size": 10, "n_outputs": 10, "d_model": (8,), "n_layers": (1,)} | settings
+        )
 
 
 @pytest.mark.parametrize(

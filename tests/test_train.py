@@ -1,0 +1,375 @@
+"""Training: it learns, resumes exactly, keeps the best checkpoint and refuses what it must."""
+
+import csv
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from genssm import checkpoint as checkpoints
+from genssm.codec import Text
+from genssm.data import find_split, read_examples
+from genssm.evaluate import evaluate
+from genssm.model import SequenceModel
+from genssm.recipes import Recipe, TrainConfig
+from genssm.train import Progress, train
+
+modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])
+STEPS = 6  # of the trainings that are compared
+
+_TRAIN = TrainConfig(batch_size=4, length=48, steps=STEPS, warmup=2, lr=0.01)
+RECIPES = {
+    "text": Recipe(
+        "text",
+        {"vocab_size": 290},
+        {"d_model": (16,), "n_layers": (1,), "d_state": 8, "dropout": 0.1},
+        _TRAIN,
+    ),
+    "image": Recipe(
+        "image",
+        {"height": 4, "width": 4, "channels": 3, "labels": ("dark", "bright")},
+        {
+            "d_model": (8, 16), "n_layers": (1, 1), "pools": (3,), "d_state": 8, "layer": "s4",
+            "head": "logistics", "taps": (1, 2, 3, 12), "image_shape": (4, 4, 3),
+        },
+        dataclasses.replace(_TRAIN, flip=True),
+    ),
+    "audio": Recipe(
+        "audio",
+        {"rate": 8000, "labels": ("low", "high")},
+        {"d_model": (8, 16), "n_layers": (1, 1), "pools": (4,), "d_state": 8},
+        _TRAIN,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path, write_sound: Callable[..., Path]) -> dict[str, Path]:
+    """A folder with train and validation data of each modality."""
+    random = np.random.default_rng(0)
+    folders = {modality: tmp_path / f"{modality} data" for modality in RECIPES}
+    for folder in folders.values():
+        folder.mkdir()
+    for split, amount in (("train", 40), ("validation", 4)):
+        text = " = Cats = \n\nthe cat sat on the mat and the dog sat on the cat .\n" * amount
+        (folders["text"] / f"{split}.txt").write_text(text)
+        labels = np.arange(amount) % 2
+        pictures = random.integers(0, 60, (amount, 4, 4, 3)) + 150 * labels[:, None, None, None]
+        np.save(folders["image"] / f"{split}.npy", pictures.astype(np.uint8))
+        np.save(folders["image"] / f"{split}_labels.npy", labels)
+        for i in range(amount):
+            wave = 0.5 * np.sin(np.arange(30 + i % 7) * (0.1 + 0.4 * (i % 2)))
+            write_sound(folders["audio"] / split / f"{('low', 'high')[i % 2]}_{i}.wav", wave)
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay() -> Iterator[None]:
+    """A signal that training does not catch must not end the tests; and it gives back its own."""
+
+    def uncaught(number: int, frame: object) -> None:
+        raise AssertionError(f"training did not catch signal {number}")
+
+    before = {s: signal.signal(s, uncaught) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = [signal.signal(number, handler) for number, handler in before.items()]
+    assert after == [uncaught, uncaught]
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    return recipe.changed({"steps": steps})
+
+
+def weights_of(out: Path) -> dict[str, Tensor]:
+    """Everything numeric that a training would resume from."""
+    from safetensors.torch import load_file
+
+    return load_file(out / "state.safetensors")
+
+
+def assert_same_weights(actual: Path, expected: Path) -> None:
+    a, b = weights_of(actual), weights_of(expected)
+    assert set(a) == set(b)
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def interrupt_at(step: int, number: int) -> Callable[[Progress], None]:
+    """A report that sends this process a signal once, after ``step`` steps."""
+    sent = []
+
+    def report(progress: Progress) -> None:
+        if progress.step == step and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+@modalities
+def test_training_lowers_the_validation_loss_and_writes_all_it_promises(
+    modality: str, data: dict[str, Path], tmp_path: Path
+):
+    reports: list[Progress] = []
+    recipe, out = with_steps(RECIPES[modality], 20), tmp_path / "out"
+    folder = train(recipe, data[modality], out, validate_minutes=0, report=reports.append)
+
+    assert [r.step for r in reports] == [*range(1, 21), 20]
+    assert [r.fraction for r in reports[:-1]] == pytest.approx([i / 20 for i in range(1, 21)])
+    values = [r.validation for r in reports if r.validation is not None]
+    assert len(values) == 21
+    assert min(values) < 0.95 * values[0]
+    assert reports[-1].tokens > 0
+
+    with (out / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [r.step for r in reports]
+    assert [float(row["validation"]) for row in rows] == pytest.approx(values, rel=1e-4)
+
+    assert folder == out / "checkpoint"
+    loaded = checkpoints.load(folder)
+    best = values.index(min(values))
+    assert loaded.training["steps"] == reports[best].step
+    assert loaded.metrics["validation subset"]["value"] == min(values)
+    assert loaded.codec.decode(list(loaded.probe)) is not None
+    validation = find_split(data[modality], "validation", modality)
+    measured = evaluate(loaded.model, loaded.codec, read_examples(validation, loaded.codec))
+    assert measured.value == pytest.approx(min(values), rel=0.01)  # matrices are stored in bfloat16
+    left = {path.name for path in out.iterdir()} - {"tokenizer.model", "tokens.npy"}
+    assert left == {"checkpoint", "log.csv", "state.safetensors"}
+
+
+@modalities
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_interrupted_and_resumed_training_equals_the_uninterrupted_one(
+    modality: str, number: int, data: dict[str, Path], tmp_path: Path
+):
+    recipe, source = RECIPES[modality], data[modality]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(recipe, source, whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, source, halves, validate_minutes=0, report=interrupt_at(3, number))
+    torch.manual_seed(99)  # the global state plays no part
+    reports: list[Progress] = []
+    train(recipe, source, halves, resume=True, validate_minutes=0, report=reports.append)
+    assert [r.step for r in reports] == [4, 5, 6, 6]
+    assert_same_weights(halves, whole)
+    with (halves / "log.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_killed_training_goes_on_from_its_last_save(data: dict[str, Path], tmp_path: Path):
+    recipe, source = RECIPES["text"], data["text"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe, source, whole)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 4:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(recipe, source, killed, save_minutes=0, validate_minutes=0, report=kill)
+    train(recipe, source, killed, resume=True)
+    assert_same_weights(killed, whole)
+
+
+def test_the_same_seed_trains_the_same_model_and_another_seed_another(
+    data: dict[str, Path], tmp_path: Path
+):
+    recipe, source = RECIPES["audio"], data["audio"]
+    train(recipe, source, tmp_path / "a")
+    torch.manual_seed(99)
+    train(recipe, source, tmp_path / "b")
+    train(recipe.changed({"seed": 1}), source, tmp_path / "c")
+    assert_same_weights(tmp_path / "b", tmp_path / "a")
+    name = "model.head.linear.weight"
+    assert not torch.equal(weights_of(tmp_path / "c")[name], weights_of(tmp_path / "a")[name])
+
+
+def test_finished_training_can_be_prolonged(data: dict[str, Path], tmp_path: Path):
+    recipe = RECIPES["text"]
+    train(with_steps(recipe, 2), data["text"], tmp_path / "out")
+    reports: list[Progress] = []
+    train(with_steps(recipe, 5), data["text"], tmp_path / "out", resume=True, report=reports.append)
+    assert [r.step for r in reports] == [5]
+
+
+def test_training_ends_when_its_minutes_are_spent(data: dict[str, Path], tmp_path: Path):
+    reports: list[Progress] = []
+    train(
+        with_steps(RECIPES["text"], 10**9), data["text"], tmp_path / "out",
+        minutes=0.5 / 60, report=reports.append,
+    )  # fmt: skip
+    assert reports[-1].fraction >= 1
+    assert 0.5 <= 60 * reports[-1].minutes < 5
+
+
+def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Path], tmp_path: Path):
+    recipe = RECIPES["text"]
+    first = train(recipe, data["text"], tmp_path / "first")
+    other = tmp_path / "other data"
+    other.mkdir()
+    for split in ("train", "validation"):
+        (other / f"{split}.txt").write_text("quite another text, of zebras and xylophones .\n" * 40)
+    still = recipe.changed({"steps": 1, "lr": 1e-12, "matrix_lr": 1e-12})
+    second = train(still, other, tmp_path / "second", start=str(first))
+    before, after = checkpoints.load(first), checkpoints.load(second)
+    assert isinstance(before.codec, Text)
+    assert isinstance(after.codec, Text)
+    assert after.codec.tokenizer == before.codec.tokenizer
+    for name, weight in after.model.state_dict().items():
+        torch.testing.assert_close(weight, before.model.state_dict()[name], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="another shape"):
+        train(recipe.changed({"d_model": (8,)}), other, tmp_path / "third", start=str(first))
+
+
+def test_best_checkpoint_is_kept_when_later_ones_are_worse(data: dict[str, Path], tmp_path: Path):
+    """Rates this high destroy what was learned."""
+    reports: list[Progress] = []
+    recipe = RECIPES["text"].changed({"lr": 3.0, "matrix_lr": 3.0, "steps": 8})
+    folder = train(
+        recipe, data["text"], tmp_path / "out", validate_minutes=0, report=reports.append
+    )
+    values = [r.validation for r in reports if r.validation is not None]
+    assert min(values) < values[-1]
+    assert checkpoints.load(folder).metrics["validation subset"]["value"] == min(values)
+
+
+def test_step_without_a_finite_loss_is_left_out(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log_prob, seen = SequenceModel.log_prob, []
+
+    def sometimes_nan(self: SequenceModel, tokens: Tensor) -> Tensor:
+        seen.append({name: t.detach().clone() for name, t in self.state_dict().items()})
+        value = log_prob(self, tokens)
+        return value * torch.nan if len(seen) == 3 else value
+
+    monkeypatch.setattr(SequenceModel, "log_prob", sometimes_nan)
+    train(RECIPES["text"], data["text"], tmp_path / "out")
+    assert len(seen) == STEPS
+    moved = [
+        any(not torch.equal(before[name], after[name]) for name in before)
+        for before, after in pairwise(seen)
+    ]
+    assert moved == [True, True, False, True, True]
+    assert all(bool(t.isfinite().all()) for t in weights_of(tmp_path / "out").values())
+
+
+def test_pictures_are_read_from_class_folders_too(
+    data: dict[str, Path], tmp_path: Path, write_picture: Callable[..., Path]
+):
+    for split in ("train", "validation"):
+        pictures = np.load(data["image"] / f"{split}.npy")
+        for i, picture in enumerate(pictures):
+            label = ("dark", "bright")[i % 2]
+            write_picture(tmp_path / "folders" / split / label / f"{i:03}.png", picture)
+    folder = train(with_steps(RECIPES["image"], 2), tmp_path / "folders", tmp_path / "out")
+    assert checkpoints.load(folder).codec.labels == ("dark", "bright")
+
+
+# Refusals
+
+
+def test_folder_with_a_training_is_not_overwritten(data: dict[str, Path], tmp_path: Path):
+    recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"
+    train(recipe, data["text"], out)
+    before = weights_of(out)
+    with pytest.raises(FileExistsError, match="holds a training; resume it or use another folder"):
+        train(recipe, data["text"], out)
+    assert all(torch.equal(t, before[name]) for name, t in weights_of(out).items())
+
+
+def test_what_is_not_there_is_not_resumed(data: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="holds no training to resume"):
+        train(RECIPES["text"], data["text"], tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resumed_training_starts_from_no_other_weights(data: dict[str, Path], tmp_path: Path):
+    recipe = with_steps(RECIPES["text"], 1)
+    folder = train(recipe, data["text"], tmp_path / "out")
+    with pytest.raises(ValueError, match="goes on from its own weights"):
+        train(recipe, data["text"], tmp_path / "out", resume=True, start=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("modality", "settings", "section"),
+    [
+        ("text", {"d_state": 4}, "model"),
+        ("text", {"layer": "s4"}, "model"),
+        ("text", {"vocab_size": 300}, "codec"),
+        ("audio", {"labels": ("high", "low")}, "codec"),
+        ("image", {"length": 96}, "length"),  # C of S4 is stored for one length
+    ],
+)
+def test_training_is_not_resumed_with_other_settings(
+    modality: str, settings: dict[str, Any], section: str, data: dict[str, Path], tmp_path: Path
+):
+    recipe = with_steps(RECIPES[modality], 1)
+    train(recipe, data[modality], tmp_path / "out")
+    with pytest.raises(ValueError, match=section):
+        train(
+            recipe.changed({"steps": 2, **settings}), data[modality], tmp_path / "out", resume=True
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_state_is_named(content: bytes | None, data: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    train(with_steps(RECIPES["text"], 1), data["text"], out)
+    state = out / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=r"state.safetensors' is not a readable training state"):
+        train(RECIPES["text"], data["text"], out, resume=True)
+
+
+def test_tokenizer_of_a_training_that_never_began_is_not_taken_over(
+    data: dict[str, Path], tmp_path: Path
+):
+    """A training that dies before its first save leaves a tokenizer and tokens of its own."""
+    out = tmp_path / "out"
+    train(with_steps(RECIPES["text"], 1), data["text"], out)
+    (out / "state.safetensors").unlink()
+    recipe = RECIPES["text"].changed({"steps": 1, "vocab_size": 295})
+    assert checkpoints.load(train(recipe, data["text"], out)).codec.vocab_size == 295
+
+
+@pytest.mark.parametrize("missing", ["train.txt", "validation.txt"])
+def test_missing_data_is_found_before_any_step(missing: str, data: dict[str, Path], tmp_path: Path):
+    (data["text"] / missing).unlink()
+    with pytest.raises(ValueError, match=f"named '{missing[:-4]}'"):
+        train(RECIPES["text"], data["text"], tmp_path / "out")
+    assert not (tmp_path / "out" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 100_000}, "fewer than a window of 100000"),
+        ({"vocab_size": 4096}, "vocab"),
+        ({"d_model": 16}, "d_model"),
+    ],
+)
+def test_unusable_settings_are_refused(
+    settings: dict[str, Any], message: str, data: dict[str, Path], tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        train(RECIPES["text"].changed(settings), data["text"], tmp_path / "out")
+
+
+def test_too_few_examples_for_a_batch_are_refused(data: dict[str, Path], tmp_path: Path):
+    for modality in ("image", "audio"):
+        with pytest.raises(ValueError, match="a batch of 50 needs"):
+            train(
+                RECIPES[modality].changed({"batch_size": 50}), data[modality], tmp_path / modality
+            )

@@ -68,13 +68,10 @@ def resolve(name: str) -> Path:
     shipped = shipped_folders()
     if name in shipped:
         return shipped[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = _folder(name)
+    if folder is not None:
         return folder
-    previous = folder.with_name(folder.name + ".previous")
-    if folder.name and previous.is_dir():  # a save was killed between its two renames
-        return previous
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -82,6 +79,18 @@ def resolve(name: str) -> Path:
         f"there is no model {name!r}; {hint}known: {', '.join(shipped) or 'none'}; "
         "or give a checkpoint folder or a Hugging Face id owner/name"
     )
+
+
+def _folder(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+        # A save that was killed between its two renames leaves this.
+        previous = folder.with_name(folder.name + ".previous")
+        return previous if previous.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name that no folder can have
+        return None
 
 
 def _download(repository: str) -> Path:
@@ -144,7 +153,7 @@ def load(name: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{str(folder / 'model.safetensors')!r} is truncated or no safetensors file"
         ) from error
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
     check(
         (codec.vocab_size, codec.n_outputs) == (model.config.vocab_size, model.config.n_outputs),

@@ -121,26 +121,33 @@ class Text(Codec):
         model = io.BytesIO()
         lines = (line[i : i + 4000] for text in documents for line in text.split("\n")
                  for i in range(0, len(line), 4000))  # fmt: skip
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            hard_vocab_limit=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=-1,
-            pad_id=-1,
-            max_sentence_length=16000,
-            num_threads=2,
-            minloglevel=2,
-        )
+        settings: dict[str, Any] = {
+            "sentence_iterator": lines,
+            "model_writer": model,
+            "vocab_size": vocab_size,
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "character_coverage": 0.9995,
+            "normalization_rule_name": "identity",
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "split_digits": True,
+            "hard_vocab_limit": True,
+            "unk_id": 0,
+            "bos_id": 1,
+            "eos_id": -1,
+            "pad_id": -1,
+            "max_sentence_length": 16000,
+            "num_threads": 2,
+            "minloglevel": 2,
+        }
+        try:
+            sentencepiece.SentencePieceTrainer.train(**settings)
+        except RuntimeError as error:
+            raise ValueError(
+                f"cannot learn {vocab_size} pieces from this text (vocab_size must exceed 256 and "
+                f"the text must be rich enough): {str(error).splitlines()[-1]}"
+            ) from error
         return cls(model.getvalue())
 
     def encode(self, raw: str, label: str | None = None) -> Tensor:

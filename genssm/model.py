@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from genssm.layers import LAYERS, RecurrentStateSpace, StateSpace
+from genssm.settings import check_types
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,10 +45,7 @@ class ModelConfig:
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "pools", "taps", "image_shape"):
-            value = getattr(self, name)
-            if isinstance(value, list):  # as JSON gives it
-                object.__setattr__(self, name, tuple(value))
+        check_types(self)
         levels = len(self.d_model)
         if not levels or len(self.n_layers) != levels or len(self.pools) != levels - 1:
             raise ValueError(
@@ -67,6 +65,7 @@ class ModelConfig:
             (self.expand >= 1, "expand >= 1"),
             (0 <= self.dropout < 1, "0 <= dropout < 1"),
             (all(k >= 1 for k in self.taps), "every tap >= 1"),
+            (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
         ]
         broken = [rule for holds, rule in rules if not holds]

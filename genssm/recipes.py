@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from genssm.model import ModelConfig
+from genssm.settings import check_types
 
 DIGITS = tuple("0123456789")
 CIFAR10 = (
@@ -40,6 +41,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         positive = ("batch_size", "length", "steps", "lr", "matrix_lr", "decay", "clip")
         for name in positive:
             if getattr(self, name) <= 0:

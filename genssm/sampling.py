@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genssm.settings import check_types
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -24,6 +26,7 @@ class SamplingConfig:
     min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest
 
     def __post_init__(self) -> None:
+        check_types(self)
         rules = [
             (0 < self.repetition_penalty <= 10, "0 < repetition_penalty <= 10"),
             (0 <= self.temperature <= 100, "0 <= temperature <= 100"),

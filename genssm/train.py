@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import signal
@@ -97,11 +98,13 @@ class _Run:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a readable training state") from error
         wanted = json.loads(json.dumps(asdict(recipe)))
-        for section in ("modality", "codec", "model"):
-            if facts["recipe"][section] != wanted[section]:
+        wanted["length"] = wanted["train"]["length"]
+        begun = facts["recipe"] | {"length": facts["recipe"]["train"]["length"]}
+        for section in ("modality", "codec", "model", "length"):
+            if begun[section] != wanted[section]:
                 raise ValueError(
-                    f"the training in {str(path.parent)!r} has other {section} settings: "
-                    f"{facts['recipe'][section]}; resume it with those, or use another folder"
+                    f"the training in {str(path.parent)!r} has another {section}: "
+                    f"{begun[section]}; resume it with that, or use another folder"
                 )
         prefix = "model."
         self.model.load_state_dict(
@@ -141,20 +144,20 @@ def train(
     and Ctrl-C save before they end the training. Raises ValueError for unusable data or
     settings, and FileExistsError for a folder with a training that is not to be resumed.
     """
-    training = _Training(recipe, data, out, minutes, _begin(out, resume, start))
+    training = _Training(recipe, data, out, minutes, _begin(out, resume, start), validation_limit)
     timers = {"report": _Timer(10), "save": _Timer(60 * save_minutes)}
     timers["validate"] = _Timer(60 * validate_minutes)
     with _interruption() as interrupted, _log(out / "log.csv", resume) as log:
         while training.fraction() < 1 and not interrupted():
             training.advance()
-            value = training.validate(validation_limit) if timers["validate"].due() else None
+            value = training.validate() if timers["validate"].due() else None
             if timers["save"].due():
                 training.save()
             if timers["report"].due() or value is not None:
                 report(progress := training.progress(value))
                 log(progress)
         training.save()
-        report(progress := training.progress(training.validate(validation_limit)))
+        report(progress := training.progress(training.validate()))
         log(progress)
         training.save()
         if interrupted():
@@ -198,12 +201,15 @@ class _Training:
         out: Path,
         minutes: float | None,
         start: checkpoints.Checkpoint | None,
+        validation_limit: int | None,
     ) -> None:
-        self.recipe, self.minutes, self.data = recipe, minutes, data
+        self.recipe, self.minutes = recipe, minutes
         self.state_file, self.target = out / _STATE, out / "checkpoint"
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
+        find_split(data, "validation", recipe.modality)
         self.codec, self.batch = _prepare(recipe, data, out, start)
+        self._validation = _validation_examples(recipe, self.codec, data, validation_limit)
         torch.manual_seed(settings.seed)
         config = ModelConfig(
             vocab_size=self.codec.vocab_size,
@@ -223,7 +229,6 @@ class _Training:
             model.load_state_dict(start.model.state_dict())
         self.smooth = math.nan
         self.reported = (time.monotonic(), self.run.tokens)
-        self._validation: list[Example] | None = None
 
     def fraction(self) -> float:
         """The part of the budget that is spent."""
@@ -245,10 +250,8 @@ class _Training:
         run.tokens += batch.tokens[:, 1:].numel()
         run.seconds += time.monotonic() - started
 
-    def validate(self, limit: int | None) -> float:
+    def validate(self) -> float:
         """Measure, and keep the checkpoint when it is the best so far."""
-        if self._validation is None:
-            self._validation = _validation_examples(self.recipe, self.codec, self.data, limit)
         examples, run = self._validation, self.run
         run.model.eval()
         measured = evaluate(run.model, self.codec, examples)
@@ -335,12 +338,8 @@ def _prepare(
     settings = recipe.train
     source = find_split(data, "train", recipe.modality)
     if recipe.modality == "text":
-        if start is not None and isinstance(start.codec, Text):
-            tokenizer = start.codec.tokenizer
-            checkpoints.replace_file(
-                out / "tokenizer.model", lambda file: file.write_bytes(tokenizer)
-            )
-        text, stream = _tokenize(source, out, recipe.codec["vocab_size"])
+        given = start.codec if start is not None and isinstance(start.codec, Text) else None
+        text, stream = _tokenize(source, out, recipe.codec["vocab_size"], given)
         return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
     if recipe.modality == "image":
         image = Image(**recipe.codec)
@@ -367,20 +366,33 @@ def _stack_pictures(
     return np.stack(pictures), np.array(labels) if min(labels) >= 0 else None
 
 
-def _tokenize(source: Path, out: Path, vocab_size: int) -> tuple[Text, np.ndarray]:
+def _tokenize(
+    source: Path, out: Path, vocab_size: int, given: Text | None
+) -> tuple[Text, np.ndarray]:
     """Tokenizer and token stream of a text, made once and kept in ``out``."""
-    tokenizer, stream = out / "tokenizer.model", out / "tokens.npy"
-    if not tokenizer.exists():
+    tokenizer, codec = out / "tokenizer.model", given
+    if codec is None and tokenizer.exists():
+        codec = Text(tokenizer.read_bytes())
+    if codec is None or (given is None and codec.vocab_size != vocab_size):
         documents = list(read_documents(source))
         budget = 20_000_000 // max(1, len(documents))  # characters that the tokenizer learns from
-        learned = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
-        checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(learned.tokenizer))
+        codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
+    learned = codec.tokenizer
+    checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(learned))
+    stream = out / f"tokens-{_fingerprint(source, learned)}.npy"
     if not stream.exists():
-        codec = Text(tokenizer.read_bytes())
-        documents = read_documents(source)
-        encoded = [codec.encode(text).numpy().astype(np.uint16) for text in documents]
+        encoded = [codec.encode(text).numpy().astype(np.uint16) for text in read_documents(source)]
         checkpoints.replace_file(stream, lambda file: np.save(file, np.concatenate(encoded)))
-    return Text(tokenizer.read_bytes()), np.load(stream, mmap_mode="r")
+    return codec, np.load(stream, mmap_mode="r")
+
+
+def _fingerprint(source: Path, tokenizer: bytes) -> str:
+    """Changes with the tokenizer and with the name, size or date of any source file."""
+    digest = hashlib.sha256(tokenizer)
+    for file in sorted(p for p in (source, *source.rglob("*")) if p.is_file()):
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _validation_examples(

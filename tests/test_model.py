@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genssm.layers import StateSpace
 from genssm.model import (
+    Inputs,
     Linear,
     Logistics,
     ModelConfig,
@@ -328,6 +331,70 @@ def test_parameter_groups_are_a_partition_of_the_parameters(
     hidden = [m for m in model.stack.modules() if isinstance(m, Linear)]
     assert {id(p) for p in groups["matrices"]} == {id(m.weight) for m in hidden}
     assert all(p.dim() == 2 for p in groups["matrices"])
+
+
+def silent_inputs(model: SequenceModel) -> Inputs:
+    """The inputs of a model with all parameters set to zero."""
+    for parameter in model.inputs.parameters():
+        parameter.zero_()
+    return model.inputs
+
+
+@torch.no_grad()
+def test_a_tap_reads_the_value_so_many_before_the_target(make_model: MakeModel):
+    inputs = silent_inputs(make_model("image"))
+    assert inputs.taps is not None
+    taps = inputs.config.taps
+    for j in range(len(taps)):
+        inputs.taps.weight[:, j, j] = 1  # feature j is tap j
+    tokens = torch.tensor([[258, *range(10, 250, 12)]])  # a label, then values
+    features, _ = inputs(F.pad(tokens, (inputs.reach, 0), value=-1), 0)
+    for t in range(tokens.shape[1]):
+        for j, k in enumerate(taps):
+            source = t + 1 - k  # the target stands at t + 1
+            value = float(tokens[0, source]) / 127.5 - 1 if source >= 1 else 0.0
+            assert float(features[0, t, j]) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("position", [0, 10])
+@torch.no_grad()
+def test_image_positions_are_those_of_the_target(position: int, make_model: MakeModel):
+    inputs = silent_inputs(make_model("image"))
+    shape = inputs.config.image_shape
+    assert shape is not None
+    for axis, table in enumerate(inputs.positions):
+        table[:, axis] = torch.arange(shape[axis]).float()  # feature j is the index on axis j
+    window = torch.zeros(1, inputs.reach + 20, dtype=torch.int64)
+    features, _ = inputs(window, position)
+    for t in range(20):  # position 0 reads the start and predicts the first value
+        expected = np.unravel_index(position + t, shape)
+        assert features[0, t, :3].tolist() == list(expected)
+
+
+@torch.no_grad()
+def test_weights_of_taps_go_with_the_channel_of_the_target(make_model: MakeModel):
+    inputs = silent_inputs(make_model("image"))
+    assert inputs.taps is not None
+    inputs.taps.weight[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0])  # tap 1 by channel
+    window = torch.full((1, inputs.reach + 12), 255)
+    for position in range(4):
+        features, _ = inputs(window, position)
+        expected = [1.0 + (position + t) % 3 for t in range(12)]
+        assert features[0, :, 0].tolist() == expected
+
+
+@torch.no_grad()
+def test_logistic_means_follow_the_prediction_of_their_channel(make_model: MakeModel):
+    inputs = silent_inputs(make_model("image"))
+    assert inputs.prediction is not None
+    near = inputs.config.taps.index(3)  # the same channel of the pixel before
+    inputs.prediction.weight[:, 0, near] = 1
+    tokens = torch.tensor([[256, 10, 20, 30, 40, 50, 60]])
+    window = F.pad(tokens, (inputs.reach, 0), value=-1)
+    _, prediction = inputs(window, 0)
+    assert prediction is not None
+    expected = [0.0, 0.0, 0.0, *(v / 127.5 - 1 for v in (10, 20, 30, 40))]
+    assert prediction[0, :, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_start_tokens_and_labels_are_read_as_tokens_but_not_as_values(make_model: MakeModel):

@@ -11,6 +11,7 @@ import genssm
 
 # From the ground up. A module may import from those before it.
 ORDER = (
+    "settings",
     "hippo",
     "ssm",
     "layers",

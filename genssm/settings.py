@@ -1,0 +1,38 @@
+"""Settings as frozen dataclasses whose fields hold what their annotations say."""
+
+import types
+import typing
+from dataclasses import fields
+from typing import Any
+
+
+def check_types(settings: Any) -> None:
+    """Check every field of a dataclass against its annotation; lists (from JSON) become tuples.
+
+    Knows int, float (an int will do), str, bool, None, tuples of these and unions.
+    Raises ValueError that names the field, the type and the value.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(settings, field.name, value)
+        if not _fits(value, hints[field.name]):
+            kind = str(hints[field.name]).replace("<class '", "").replace("'>", "")
+            raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -39,7 +39,8 @@ class StateSpace(nn.Module, ABC):
         n = Lambda.shape[0]
         spread = torch.rand(d_model) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(spread + math.log(dt_min))
-        self.log_decay = nn.Parameter((-Lambda.real).log().float().repeat(d_model, 1))
+        decay = (-Lambda.real).clamp(min=10 * SLOWEST_DECAY)  # some measures start without decay
+        self.log_decay = nn.Parameter(decay.log().float().repeat(d_model, 1))
         self.frequency = nn.Parameter(Lambda.imag.float().repeat(d_model, 1))
         self.C = nn.Parameter(torch.randn(d_model, n, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.randn(d_model))
@@ -114,7 +115,9 @@ class S4D(StateSpace):
 
 
 class S4(StateSpace):
-    """HiPPO-LegS in normal-plus-low-rank form, bilinear rule, Cauchy kernel.
+    """A HiPPO operator in normal-plus-low-rank form, bilinear rule, Cauchy kernel.
+
+    ``measure`` is a key of ``hippo.MEASURES``; "legs" is the S4 of the paper.
 
     ``C`` stores C̃ = C (I - Ā^l_max), which spares the kernel a matrix power per training step.
     Kernels up to ``l_max`` cost O(N + L) memory per feature; longer ones first solve for C.
@@ -128,16 +131,17 @@ class S4(StateSpace):
         d_model: int,
         d_state: int = 64,
         *,
+        measure: str = "legs",
         l_max: int = 1024,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
     ) -> None:
         if l_max < 1:
             raise ValueError(f"l_max must be at least 1, got {l_max}")
-        nplr = hippo.legs_normal_plus_low_rank(d_state)
+        nplr = hippo.normal_plus_low_rank(measure, d_state)
         super().__init__(d_model, nplr.Lambda, dt_min=dt_min, dt_max=dt_max)
         self.l_max = l_max
-        self.P = nn.Parameter(torch.view_as_real(nplr.P).float().repeat(d_model, 1, 1))
+        self.P = nn.Parameter(torch.view_as_real(nplr.P).float().repeat(d_model, 1, 1, 1))
         self.B = nn.Parameter(torch.view_as_real(nplr.B).float().repeat(d_model, 1, 1))
 
     def kernel(self, length: int) -> Tensor:
@@ -158,16 +162,21 @@ class S4(StateSpace):
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ā = diag(a) - p qᵀ and B̄ = b under the bilinear rule, (H, n) complex128.
 
-        With h = Δ/2, (I - hA)⁻¹ = E - E P (1/h + Pᴴ E P)⁻¹ Pᴴ E for E = (I - hΛ)⁻¹ (Woodbury), so
-        Ā = 2 (I - hA)⁻¹ - I stays diagonal minus rank one. Source: S4, Appendix C.2.
+        With h = Δ/2, (I - hA)⁻¹ = E - E P (I/h + Pᴴ E P)⁻¹ Pᴴ E for E = (I - hΛ)⁻¹ (Woodbury), so
+        Ā = 2 (I - hA)⁻¹ - I stays diagonal minus low rank: p, q (H, rank, n).
+        Source: S4, Appendix C.2.
         """
         Lambda, dt = self._double_dynamics()
         P, B = (torch.view_as_complex(t.detach().double()) for t in (self.P, self.B))
         h = dt / 2
         E = 1 / (1 - h * Lambda)
-        weight = h / (1 + 2 * h * (P.abs() ** 2 * E).real.sum(-1, keepdim=True))
-        PEB = 2 * (P.conj() * E * B).real.sum(-1, keepdim=True)
-        return 2 * E - 1, 2 * h * E * (B - weight * P * PEB), 2 * weight * E * P, P.conj() * E
+        EP, PE = E[:, None] * P, P.conj() * E[:, None]  # (H, rank, n)
+        # Sums over n run over both members of a pair, hence twice the real part.
+        PEP = 2 * (PE @ P.mT).real  # (H, rank, rank)
+        eye = torch.eye(P.shape[1], dtype=PEP.dtype, device=PEP.device)
+        p = (torch.linalg.inv(eye / h[..., None] + PEP).mT.to(EP.dtype) @ EP) * 2
+        PEB = 2 * (PE @ B[..., None]).real  # (H, rank, 1)
+        return 2 * E - 1, h * (2 * E * B - (p * PEB).sum(1)), p, PE
 
     def _solve_output(self, a: Tensor, p: Tensor, q: Tensor) -> Tensor:
         """C from C̃ = C (I - Ā^l_max), (H, n) complex128."""
@@ -185,6 +194,9 @@ class S4(StateSpace):
 
 
 LAYERS: dict[str, Callable[..., StateSpace]] = {
+    "s4-fourier": lambda d_model, d_state, l_max, **dt: S4(
+        d_model, d_state, measure="fourier", l_max=l_max, **dt
+    ),
     "s4": lambda d_model, d_state, l_max, **dt: S4(d_model, d_state, l_max=l_max, **dt),
     "s4d": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="lin", **dt),
     "s4d-inv": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="inv", **dt),
@@ -203,20 +215,20 @@ def _from_row(row: Tensor) -> Tensor:
 
 
 def dense_transition(a: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """diag(a) - p qᵀ acting on [Re x; Im x]: (H, n) complex → (H, 2n, 2n) real."""
+    """diag(a) - Σ_r p_r q_rᵀ acting on [Re x; Im x]: a (H, n), p, q (H, rank, n) → (H, 2n, 2n)."""
     re, im = torch.diag_embed(a.real), torch.diag_embed(a.imag)
     A = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
     if p is not None and q is not None:
-        A = A - torch.cat([p.real, p.imag], -1)[..., None] * _to_row(q)[..., None, :]
+        A = A - torch.cat([p.real, p.imag], -1).mT @ _to_row(q)
     return A
 
 
 class RecurrentStateSpace(nn.Module):
-    """x_k = (diag(a) - p qᵀ) x_{k-1} + b u_k, y_k = c·x_k + D u_k; one of each conjugate pair kept.
+    """x_k = (diag(a) - Σ_r p_r q_rᵀ) x_{k-1} + b u_k, y_k = c·x_k + D u_k; half of each pair kept.
 
-    ``qᵀx`` and ``c·x`` run over both members of a pair: 2 Re(Σ q x). Without p and q: diagonal.
-    ``a, b, c, p, q (H, n)`` complex128 and ``D (H,)`` are rounded once, to ``dtype``, as are the
-    tables of ``prefill``. The state is ``(B, H, n)`` complex.
+    ``q_rᵀx`` and ``c·x`` run over both members of a pair: 2 Re(Σ q x). Without p and q: diagonal.
+    ``a, b, c (H, n)`` and ``p, q (H, rank, n)`` complex128 and ``D (H,)`` are rounded once, to
+    ``dtype``, as are the tables of ``prefill``. The state is ``(B, H, n)`` complex.
     """
 
     chunk = 64  # prompt positions per product in ``prefill``
@@ -277,8 +289,8 @@ class RecurrentStateSpace(nn.Module):
     def _transition(self, x: Tensor) -> Tensor:
         if self.p is None or self.q is None:
             return self.a * x
-        qx = (self.q * torch.view_as_real(x)).sum((-2, -1))  # (B, H)
-        return torch.addcmul(self.a * x, self.p, qx[..., None], value=-1)
+        qx = (self.q * torch.view_as_real(x)[:, :, None]).sum((-2, -1))  # (B, H, rank)
+        return self.a * x - (self.p * qx[..., None]).sum(2)
 
     def step(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """One position, O(N) per feature: u (B, H), x (B, H, n) → y (B, H), next x."""

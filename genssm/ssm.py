@@ -10,18 +10,25 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+def generalized_bilinear(A: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Ā = (I - αΔA)⁻¹ (I + (1-α)ΔA), B̄ = (I - αΔA)⁻¹ ΔB, for α in [0, 1].
+
+    α = 0 is forward Euler, 1/2 the bilinear (Tustin) rule, 1 backward Euler.
+    ``A (…, N, N)``, ``B (…, N)``, ``dt (…)``. Source: HiPPO (arXiv 2008.07669), Appendix B.3.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0 … 1, got {alpha}")
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    half = dt[..., None, None] / 2 * A
-    lhs = eye - half
-    return (
-        torch.linalg.solve(lhs, eye + half),
-        torch.linalg.solve(lhs, (dt[..., None] * B)[..., None])[..., 0],
-    )
+    step = dt[..., None, None] * A
+    both = torch.cat([eye + (1 - alpha) * step, (dt[..., None] * B)[..., None]], -1)
+    if alpha > 0:
+        both = torch.linalg.solve(eye - alpha * step, both)
+    return both[..., :-1], both[..., -1]
 
 
 def _zero_order_hold(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +40,9 @@ def _zero_order_hold(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "bilinear": _bilinear,
+    "forward_euler": lambda A, B, dt: generalized_bilinear(A, B, dt, 0.0),
+    "backward_euler": lambda A, B, dt: generalized_bilinear(A, B, dt, 1.0),
+    "bilinear": lambda A, B, dt: generalized_bilinear(A, B, dt, 0.5),
     "zoh": _zero_order_hold,
 }
 
@@ -92,17 +101,16 @@ def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
 def cauchy_kernel(
     C_tilde: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor, length: int
 ) -> Tensor:
-    """The kernel of x' = (Λ - P Pᴴ) x + B u under the bilinear rule, for k < length.
+    """The kernel of x' = (Λ - Σ_r P_r P_rᴴ) x + B u under the bilinear rule, for k < length.
 
-    ``C_tilde, Lambda, P, B (H, n)`` complex, one of each conjugate pair; ``dt (H,)``;
-    → ``(H, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the generating function exact on
-    the roots of unity z, where Woodbury reduces it to four Cauchy products.
-    Source: S4, Algorithm 1.
+    ``C_tilde, Lambda, B (H, n)`` and ``P (H, rank, n)`` complex, one of each conjugate pair;
+    ``dt (H,)``; → ``(H, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the generating
+    function exact on the roots of unity z, where Woodbury reduces it to Cauchy products. Source: S4, Algorithm 1.
 
     Departure from the paper: numerator and denominator are multiplied by (1 + z), which leaves no
     singular node at z = -1, and both members of a pair share one division.
     """
-    real = C_tilde.real.dtype
+    real, rank = C_tilde.real.dtype, P.shape[1]
     z = torch.exp(
         -2j
         * math.pi
@@ -117,11 +125,22 @@ def cauchy_kernel(
         + (Lambda.abs() ** 2)[..., None] * (beta * beta)
     )  # (H, n, F)
     inverse = torch.view_as_real(denominator.reciprocal()).flatten(-2)  # (H, n, 2F)
-    v = torch.stack([C_tilde * B, C_tilde * P, P.conj() * B, P.conj() * P], 1)  # (H, 4, n)
-    weights = torch.cat([v.real, (v * Lambda.conj()[:, None]).real], 1)  # (H, 8, n)
-    sums = torch.view_as_complex((weights @ inverse).unflatten(-1, (-1, 2)))  # (H, 8, F)
-    s = 4 * (alpha[:, None] * sums[:, :4] - beta * sums[:, 4:])  # (H, 4, F)
-    spectrum = s[:, 0] - beta * s[:, 1] * s[:, 2] / (2 + beta * s[:, 3])
+    rows = torch.cat([C_tilde[:, None], P.conj()], 1)  # (H, 1 + rank, n)
+    columns = torch.cat([B[:, None], P], 1)
+    v = rearrange(rows[:, :, None] * columns[:, None], "h i j n -> h (i j) n")
+    weights = torch.cat([v.real, (v * Lambda.conj()[:, None]).real], 1)
+    sums = torch.view_as_complex((weights @ inverse).unflatten(-1, (-1, 2)))
+    straight, shifted = sums.chunk(2, 1)  # (H, (1 + rank)², F)
+    s = 4 * (alpha[:, None] * straight - beta * shifted)
+    s = rearrange(s, "h (i j) f -> h f i j", i=1 + rank)
+    if rank == 1:
+        correction = s[..., 1:, 0] / (2 + beta[:, None] * s[..., 1, 1:])
+    else:
+        eye = torch.eye(rank, dtype=s.dtype, device=s.device)
+        correction = torch.linalg.solve(
+            2 * eye + beta[:, None, None] * s[..., 1:, 1:], s[..., 1:, 0]
+        )
+    spectrum = s[..., 0, 0] - beta * (s[..., 0, 1:] * correction).sum(-1)
     return torch.fft.irfft(spectrum, n=length).to(real)
 
 

@@ -9,41 +9,71 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from genssm import hippo, ssm
+from genssm.recurrence import (
+    DenseRecurrence,
+    Recurrence,
+    RecurrentStateSpace,
+    dense_transition,
+    from_row,
+    to_row,
+)
 
 SLOWEST_DECAY = 1e-4  # Re Λ never rises above -SLOWEST_DECAY: every mode decays
 
 
-class StateSpace(nn.Module, ABC):
+class TrainedLayer(nn.Module, ABC):
+    """What every layer shares: Δ and D per feature, convolution by FFT, groups of parameters."""
+
+    # Parameters of the dynamics: trained at a lower rate and without weight decay.
+    dynamics: tuple[str, ...] = ("log_dt",)
+
+    def __init__(self, d_model: int, *, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise ValueError(f"d_model must be at least 1, got {d_model}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"the range of dt needs 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        spread = torch.rand(d_model) * math.log(dt_max / dt_min)
+        self.log_dt = nn.Parameter(spread + math.log(dt_min))
+        self.D = nn.Parameter(torch.randn(d_model))
+
+    @abstractmethod
+    def kernel(self, length: int) -> Tensor:
+        """The convolution kernel K_k = C Āᵏ B̄, (H, length) real."""
+
+    @abstractmethod
+    def to_recurrent(self) -> Recurrence:
+        """The same map as an exact recurrence; constants made in float64 and rounded once."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
+        with torch.autocast(u.device.type, enabled=False):
+            x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
+            y = ssm.fft_convolution(x, self.kernel(x.shape[-1]), self.D)
+            return rearrange(y, "b h l -> b l h")
+
+
+class StateSpace(TrainedLayer):
     """H independent single-input single-output models with N states, stored as n = N/2 pairs.
 
     ``Lambda = -max(exp(log_decay), SLOWEST_DECAY) + i·frequency`` has a negative real part whatever
     the parameters, and ``dt = exp(log_dt)`` is positive.
     """
 
-    # Parameters of the dynamics: trained at a lower rate and without weight decay.
-    dynamics: tuple[str, ...] = ("log_dt", "log_decay", "frequency")
+    dynamics: tuple[str, ...] = (*TrainedLayer.dynamics, "log_decay", "frequency")
 
     def __init__(
         self, d_model: int, Lambda: Tensor, *, dt_min: float = 1e-3, dt_max: float = 1e-1
     ) -> None:
-        super().__init__()
-        if d_model < 1:
-            raise ValueError(f"d_model must be at least 1, got {d_model}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"the range of dt needs 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
-        n = Lambda.shape[0]
-        spread = torch.rand(d_model) * math.log(dt_max / dt_min)
-        self.log_dt = nn.Parameter(spread + math.log(dt_min))
+        super().__init__(d_model, dt_min=dt_min, dt_max=dt_max)
         decay = (-Lambda.real).clamp(min=10 * SLOWEST_DECAY)  # some measures start without decay
         self.log_decay = nn.Parameter(decay.log().float().repeat(d_model, 1))
         self.frequency = nn.Parameter(Lambda.imag.float().repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, n, 2) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(d_model))
+        self.C = nn.Parameter(torch.randn(d_model, Lambda.shape[0], 2) * math.sqrt(0.5))
 
     def Lambda(self) -> Tensor:
         """The eigenvalues of the normal part, (H, n) complex, Re Λ < 0."""
@@ -54,21 +84,6 @@ class StateSpace(nn.Module, ABC):
         decay = self.log_decay.detach().double().exp().clamp(min=SLOWEST_DECAY)
         Lambda = torch.complex(-decay, self.frequency.detach().double())
         return Lambda, self.log_dt.detach().double().exp()[:, None]
-
-    @abstractmethod
-    def kernel(self, length: int) -> Tensor:
-        """The convolution kernel K_k = C Āᵏ B̄, (H, length) real."""
-
-    @abstractmethod
-    def to_recurrent(self) -> "RecurrentStateSpace":
-        """The same map as an exact recurrence; constants made in float64 and rounded once."""
-
-    def forward(self, u: Tensor) -> Tensor:
-        """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
-        with torch.autocast(u.device.type, enabled=False):
-            x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
-            y = ssm.fft_convolution(x, self.kernel(x.shape[-1]), self.D)
-            return rearrange(y, "b h l -> b l h")
 
 
 class S4D(StateSpace):
@@ -105,7 +120,7 @@ class S4D(StateSpace):
         return ssm.vandermonde_kernel(c, log_a, length)
 
     @torch.no_grad()
-    def to_recurrent(self) -> "RecurrentStateSpace":
+    def to_recurrent(self) -> RecurrentStateSpace:
         Lambda, dt = self._double_dynamics()
         log_a = Lambda * dt
         C = torch.view_as_complex(self.C.detach().double())
@@ -155,9 +170,9 @@ class S4(StateSpace):
     def _lengthened(self, length: int) -> Tensor:
         """C̃ for another length: C (I - Ā^length), in float64."""
         a, _, p, q = self._discrete()
-        C = _to_row(self._solve_output(a, p, q))
+        C = to_row(self._solve_output(a, p, q))
         power = torch.linalg.matrix_power(dense_transition(a, p, q), length)
-        return _from_row(C - (C[:, None] @ power)[:, 0])
+        return from_row(C - (C[:, None] @ power)[:, 0])
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ā = diag(a) - p qᵀ and B̄ = b under the bilinear rule, (H, n) complex128.
@@ -184,16 +199,64 @@ class S4(StateSpace):
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         lhs = (eye - torch.linalg.matrix_power(A, self.l_max)).mT
         C_tilde = torch.view_as_complex(self.C.detach().double())
-        return _from_row(torch.linalg.solve(lhs, _to_row(C_tilde)))
+        return from_row(torch.linalg.solve(lhs, to_row(C_tilde)))
 
     @torch.no_grad()
-    def to_recurrent(self) -> "RecurrentStateSpace":
+    def to_recurrent(self) -> RecurrentStateSpace:
         a, b, p, q = self._discrete()
         c = self._solve_output(a, p, q)
         return RecurrentStateSpace(a, b, c, self.D.detach(), p, q, dtype=self.D.dtype)
 
 
-LAYERS: dict[str, Callable[..., StateSpace]] = {
+class LSSL(TrainedLayer):
+    """The linear state space layer with a dense A: HiPPO-LegS, or trained from there.
+
+    One A (N, N) serves all features, each with its own Δ and C; B is fixed. The kernel is made of
+    Krylov products, O(N² L) time and O(N L) memory per feature: the cost that S4 removes.
+    A trained A is W - Wᵀ - Σ_r P_r P_rᵀ - I/2, which is stable for any W and P.
+    Source: LSSL (arXiv 2110.13985), Section 3 and Definition 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        train_A: bool = False,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ) -> None:
+        super().__init__(d_model, dt_min=dt_min, dt_max=dt_max)
+        A, B = hippo.legs(d_state)
+        self.register_buffer("B", B.float())
+        P = (B * math.sqrt(0.5))[None]
+        skew = A + P.mT @ P + 0.5 * torch.eye(d_state, dtype=A.dtype)
+        self.W = nn.Parameter((skew / 2).float(), requires_grad=train_A)
+        self.P = nn.Parameter(P.float(), requires_grad=train_A)
+        self.dynamics = (*TrainedLayer.dynamics, "W", "P")
+        self.C = nn.Parameter(torch.randn(d_model, d_state))
+
+    def A(self) -> Tensor:
+        """The continuous operator, (N, N)."""
+        eye = torch.eye(self.W.shape[0], dtype=self.W.dtype, device=self.W.device)
+        return self.W - self.W.mT - self.P.mT @ self.P - eye / 2
+
+    def _discrete(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        B = self.get_buffer("B").to(A.dtype)
+        return ssm.discretize(A, B, self.log_dt.to(A.dtype).exp(), "bilinear")
+
+    def kernel(self, length: int) -> Tensor:
+        A_bar, B_bar = self._discrete(self.A())
+        return (self.C[:, None] @ ssm.krylov_products(A_bar, B_bar, length))[:, 0]
+
+    @torch.no_grad()
+    def to_recurrent(self) -> DenseRecurrence:
+        A_bar, B_bar = self._discrete(self.A().double())
+        return DenseRecurrence(A_bar, B_bar, self.C.double(), self.D.double(), dtype=self.D.dtype)
+
+
+LAYERS: dict[str, Callable[..., TrainedLayer]] = {
+    "lssl": lambda d_model, d_state, l_max, **dt: LSSL(d_model, d_state, **dt),
     "s4-fourier": lambda d_model, d_state, l_max, **dt: S4(
         d_model, d_state, measure="fourier", l_max=l_max, **dt
     ),
@@ -201,129 +264,3 @@ LAYERS: dict[str, Callable[..., StateSpace]] = {
     "s4d": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="lin", **dt),
     "s4d-inv": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="inv", **dt),
 }
-
-
-def _to_row(c: Tensor) -> Tensor:
-    """(…, n) complex c → the real row (…, 2n) with row · [Re x; Im x] = 2 Re(c·x)."""
-    return 2 * torch.cat([c.real, -c.imag], -1)
-
-
-def _from_row(row: Tensor) -> Tensor:
-    """The inverse of ``_to_row``."""
-    real, imag = row.chunk(2, -1)
-    return torch.complex(real, -imag) / 2
-
-
-def dense_transition(a: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """diag(a) - Σ_r p_r q_rᵀ acting on [Re x; Im x]: a (H, n), p, q (H, rank, n) → (H, 2n, 2n)."""
-    re, im = torch.diag_embed(a.real), torch.diag_embed(a.imag)
-    A = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
-    if p is not None and q is not None:
-        A = A - torch.cat([p.real, p.imag], -1).mT @ _to_row(q)
-    return A
-
-
-class RecurrentStateSpace(nn.Module):
-    """x_k = (diag(a) - Σ_r p_r q_rᵀ) x_{k-1} + b u_k, y_k = c·x_k + D u_k; half of each pair kept.
-
-    ``q_rᵀx`` and ``c·x`` run over both members of a pair: 2 Re(Σ q x). Without p and q: diagonal.
-    ``a, b, c (H, n)`` and ``p, q (H, rank, n)`` complex128 and ``D (H,)`` are rounded once, to
-    ``dtype``, as are the tables of ``prefill``. The state is ``(B, H, n)`` complex.
-    """
-
-    chunk = 64  # prompt positions per product in ``prefill``
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    D: Tensor
-    p: Tensor | None
-    q: Tensor | None
-    advance: Tensor  # Ā^chunk on [Re x; Im x], (H, 2n, 2n)
-    inputs: Tensor  # Krylov products Āⁱ b, the last first, (H, 2n, chunk)
-    outputs: Tensor  # c Āⁱ⁺¹, (H, chunk, 2n)
-    toeplitz: Tensor  # [j, i] = the kernel at i - j, (H, chunk, chunk)
-
-    def __init__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        D: Tensor,
-        p: Tensor | None = None,
-        q: Tensor | None = None,
-        *,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-        keep = self.register_buffer
-        keep("a", a.to(complex_dtype))
-        keep("b", b.to(complex_dtype))
-        keep("c", torch.view_as_real(2 * c.conj()).to(dtype))  # so that c·x is a real dot product
-        keep("D", D.to(dtype, copy=True))
-        keep("p", None if p is None else p.to(complex_dtype))
-        keep("q", None if q is None else torch.view_as_real(2 * q.conj()).to(dtype))
-
-        # Krylov products by doubling: inputs[i] = Āⁱ b and outputs[i] = c Āⁱ⁺¹ for i < chunk.
-        power = dense_transition(a, p, q)  # (H, 2n, 2n)
-        inputs = torch.cat([b.real, b.imag], -1)[..., None]  # (H, 2n, 1)
-        outputs = (_to_row(c)[:, None] @ power).contiguous()  # (H, 1, 2n)
-        while inputs.shape[-1] < self.chunk:
-            inputs = torch.cat([inputs, power @ inputs], -1)
-            outputs = torch.cat([outputs, outputs @ power], -2)
-            power = power @ power
-        kernel = (_to_row(c)[:, None] @ inputs)[:, 0]  # (H, chunk)
-        kernel[:, 0] += D
-        # Toeplitz: within a chunk, output i takes kernel[i - j] from input j.
-        toeplitz = F.pad(kernel, (self.chunk - 1, 0)).unfold(-1, self.chunk, 1).flip(1)
-        keep("advance", power.to(dtype), persistent=False)
-        keep("inputs", inputs.flip(-1).to(dtype).contiguous(), persistent=False)
-        keep("outputs", outputs.to(dtype).contiguous(), persistent=False)
-        keep("toeplitz", toeplitz.to(dtype).contiguous(), persistent=False)
-
-    def initial_state(self, batch: int) -> Tensor:
-        """The zero state, (batch, H, n) complex."""
-        return self.a.new_zeros(batch, *self.a.shape)
-
-    def _transition(self, x: Tensor) -> Tensor:
-        if self.p is None or self.q is None:
-            return self.a * x
-        qx = (self.q * torch.view_as_real(x)[:, :, None]).sum((-2, -1))  # (B, H, rank)
-        return self.a * x - (self.p * qx[..., None]).sum(2)
-
-    def step(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One position, O(N) per feature: u (B, H), x (B, H, n) → y (B, H), next x."""
-        x = torch.addcmul(self._transition(x), self.b, u[..., None])
-        return torch.addcmul((self.c * torch.view_as_real(x)).sum((-2, -1)), self.D, u), x
-
-    def prefill(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Many positions in parallel, from any state: u (B, L, H), x → y (B, L, H), last x.
-
-        Chunks of T positions: inside a chunk a Toeplitz product, between chunks the state, which
-        enters every output through c Āⁱ⁺¹ and advances by Ā^T and Krylov products.
-        """
-        length = u.shape[1]
-        if length == 0:
-            return u, x
-        T = self.chunk
-        chunks, rest = -(-length // T), length % T
-        padded = F.pad(u, (0, 0, 0, chunks * T - length))
-        blocks = rearrange(padded, "b (m t) h -> h m b t", t=T)
-        state = rearrange(torch.view_as_real(x), "b h n c -> h b (c n)")
-        increments = blocks @ self.inputs[:, None].mT  # (H, M, B, 2n)
-        states = [state]
-        for m in range(chunks - 1 if rest else chunks):
-            state = state @ self.advance.mT + increments[:, m]
-            states.append(state)
-        starts = torch.stack(states[:chunks], 1)  # (H, M, B, 2n)
-        y = blocks @ self.toeplitz[:, None] + starts @ self.outputs[:, None].mT  # (H, M, B, T)
-        y = rearrange(y, "h m b t -> b (m t) h")[:, :length]
-        n = self.a.shape[-1]
-        x = torch.complex(state[..., :n], state[..., n:]).transpose(0, 1)
-        if rest:
-            last = blocks[:, -1, :, :rest] @ self.inputs[..., T - rest :].mT  # (H, B, 2n)
-            for _ in range(rest):
-                x = self._transition(x)
-            x = x + torch.complex(last[..., :n], last[..., n:]).transpose(0, 1)
-        return y, x.contiguous()

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from genssm.layers import LAYERS, RecurrentStateSpace, StateSpace
+from genssm.layers import LAYERS, TrainedLayer
+from genssm.recurrence import Recurrence
 from genssm.settings import check_types
 
 M = TypeVar("M", bound=nn.Module)
@@ -120,7 +121,7 @@ class Mixer(nn.Module):
 class Block(nn.Module):
     """Norm, state space layer, mixer, with residuals: (B, L, H) → (B, L, H)."""
 
-    def __init__(self, ssm: StateSpace, d_model: int, expand: int, dropout: float) -> None:
+    def __init__(self, ssm: TrainedLayer, d_model: int, expand: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.ssm = ssm
@@ -450,7 +451,7 @@ class SequenceModel(nn.Module):
         groups: dict[str, list[Tensor]] = {"dynamics": [], "matrices": [], "others": []}
         seen: set[Tensor] = set()
         for module in self.modules():
-            if isinstance(module, StateSpace):
+            if isinstance(module, TrainedLayer):
                 seen.update(own := [getattr(module, name) for name in module.dynamics])
                 groups["dynamics"] += own
         for module in self.stack.modules():
@@ -480,7 +481,7 @@ def _frozen(module: M) -> M:
 class RecurrentBlock(nn.Module):
     """``Block`` one position, or one piece of a prompt, at a time."""
 
-    def __init__(self, norm: nn.Module, ssm: RecurrentStateSpace, mixer: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, ssm: Recurrence, mixer: nn.Module) -> None:
         super().__init__()
         self.norm, self.ssm, self.mixer = norm, ssm, mixer
 

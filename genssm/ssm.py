@@ -80,6 +80,18 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
     return torch.stack(kernel, -1) if kernel else B_bar.new_zeros(*B_bar.shape[:-1], 0)
 
 
+def krylov_products(A_bar: Tensor, B_bar: Tensor, length: int) -> Tensor:
+    """Āᵏ B̄ for k < length by doubling: ``(…, N, N)``, ``(…, N)`` → ``(…, N, length)``.
+
+    O(N³ log L + N² L) time and O(N L) memory. Source: LSSL (arXiv 2110.13985), Section 3.2.
+    """
+    products, power = B_bar[..., None], A_bar
+    while products.shape[-1] < length:
+        products = torch.cat([products, power @ products], -1)
+        power = power @ power
+    return products[..., :length]
+
+
 def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     """K_k = Re Σ_n c_n exp(k log_a_n) for k < length: the kernel of a diagonal model.
 
@@ -105,7 +117,8 @@ def cauchy_kernel(
 
     ``C_tilde, Lambda, B (H, n)`` and ``P (H, rank, n)`` complex, one of each conjugate pair;
     ``dt (H,)``; → ``(H, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the generating
-    function exact on the roots of unity z, where Woodbury reduces it to Cauchy products. Source: S4, Algorithm 1.
+    function exact on the roots of unity z, where Woodbury reduces it to Cauchy products.
+    Source: S4, Algorithm 1.
 
     Departure from the paper: numerator and denominator are multiplied by (1 + z), which leaves no
     singular node at z = -1, and both members of a pair share one division.

@@ -1,4 +1,4 @@
-"""HiPPO-LegS, and its normal-plus-low-rank form against the dense one."""
+"""HiPPO: the published matrices, what they remember, and their normal-plus-low-rank form."""
 
 import math
 
@@ -9,15 +9,20 @@ from torch import Tensor
 
 from genssm import hippo
 
+measures = pytest.mark.parametrize("measure", hippo.MEASURES)
+
 
 def both_of_each_pair(kept: Tensor) -> Tensor:
-    return torch.cat([kept, kept.conj()])
+    return torch.cat([kept, kept.conj()], -1)
 
 
-def dense_of_pairs(N: int) -> tuple[Tensor, Tensor]:
-    """diag(Λ) - P Pᴴ and B over both members of each pair: (N, N) and (N,) complex128."""
-    Lambda, P, B = map(both_of_each_pair, hippo.legs_normal_plus_low_rank(N))
-    return torch.diag(Lambda) - P[:, None] * P[None, :].conj(), B
+def dense_of_pairs(measure: str, N: int) -> tuple[Tensor, Tensor]:
+    """diag(Λ) - Σ P_r P_rᴴ and B over both members of each pair: (N, N) and (N,) complex128."""
+    Lambda, P, B = map(both_of_each_pair, hippo.normal_plus_low_rank(measure, N))
+    return torch.diag(Lambda) - P.mT @ P.conj(), B
+
+
+# The matrices
 
 
 def test_legs_of_one_and_two_states_are_the_published_matrices():
@@ -48,30 +53,100 @@ def test_legs_has_eigenvalues_minus_one_to_minus_N(N: int):
     torch.testing.assert_close(A.diagonal(), -torch.arange(1, N + 1).double(), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("N", [2, 4, 8])
-def test_normal_plus_low_rank_form_has_the_eigenvalues_of_legs(N: int):
-    dense, _ = dense_of_pairs(N)
-    eigenvalues = np.sort(np.linalg.eigvals(dense.numpy()).real)
-    np.testing.assert_allclose(eigenvalues, np.arange(-N, 0), rtol=1e-6)
+def test_lagt_of_three_states_is_the_published_matrix():
+    A, B = hippo.lagt(3)
+    assert A.tolist() == [[-1, 0, 0], [-1, -1, 0], [-1, -1, -1]]
+    assert B.tolist() == [1, 1, 1]
 
 
+@measures
+@pytest.mark.parametrize("N", [2, 16])
+def test_every_measure_forgets(measure: str, N: int):
+    """All eigenvalues lie to the left, but for the sine of frequency zero in the Fourier basis."""
+    A, B = hippo.operator(measure, N)
+    eigenvalues = torch.linalg.eigvals(A).real.sort().values
+    assert (A.dtype, A.shape, B.shape) == (torch.float64, (N, N), (N,))
+    kept = 1 if measure == "fourier" else 0
+    assert float(eigenvalues[: N - kept].max()) < -1e-6
+    assert float(eigenvalues.max()) < 1e-9
+
+
+# What they remember
+
+
+def signal(t: Tensor) -> Tensor:
+    """Smooth, of period 1, with the first few harmonics."""
+    return 0.4 + torch.sin(2 * torch.pi * t) + 0.5 * torch.cos(4 * torch.pi * t)
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "fourier"])
+def test_memory_reconstructs_the_past(measure: str):
+    """The whole history for LegS, the last window for the others."""
+    steps = 1000
+    dt = 1 / steps
+    memory = hippo.Memory(measure, 32, None if measure == "legs" else dt)
+    length = steps if measure == "legs" else 3 * steps
+    u = signal(torch.arange(length).double() * dt)
+    for value in u.tolist():
+        memory.push(value)
+    ages = torch.arange(50, 950, 10)
+    error = memory.reconstruct(ages) - u[-1 - ages]
+    assert float(error.abs().max()) < 0.05
+
+
+def test_laguerre_memory_reconstructs_the_recent_past_best():
+    dt = 0.01
+    memory = hippo.Memory("lagt", 64, dt)
+    u = torch.sin(torch.arange(2000).double() * dt)
+    for value in u.tolist():
+        memory.push(value)
+    ages = torch.arange(20, 400, 10)  # 0.2 to 4 in units of the decay
+    assert float((memory.reconstruct(ages) - u[-1 - ages]).abs().max()) < 0.1
+
+
+def test_legs_memory_has_the_coefficients_of_the_whole_history():
+    """⟨u, P_n⟩ by numerical integration, the definition that the recurrence follows."""
+    steps, N = 2000, 6
+    u = signal((torch.arange(steps).double() + 0.5) / steps)
+    memory = hippo.Memory("legs", N)
+    for value in u.tolist():
+        memory.push(value)
+    position = 2 * (np.arange(steps) + 0.5) / steps - 1
+    for n in range(N):
+        basis = np.sqrt(2 * n + 1) * np.polynomial.legendre.Legendre.basis(n)(position)
+        assert float(memory.x[n]) == pytest.approx(float((u.numpy() * basis).mean()), abs=0.01)
+
+
+def test_memory_is_linear_and_starts_empty():
+    memory = hippo.Memory("legt", 8, 0.1)
+    assert memory.x.tolist() == [0.0] * 8
+    single = memory.push(1.0).clone()
+    double = hippo.Memory("legt", 8, 0.1)
+    torch.testing.assert_close(double.push(2.0), 2 * single)
+
+
+# Normal plus low rank
+
+
+@measures
 @pytest.mark.parametrize("N", [2, 8, 64])
-def test_normal_plus_low_rank_form_has_the_transfer_function_of_legs(N: int):
+def test_normal_plus_low_rank_form_has_the_transfer_function(measure: str, N: int):
     """A unitary change of basis keeps Bᴴ (sI - A)⁻¹ B, the transfer function for C = Bᴴ."""
-    A, B = hippo.legs(N)
-    dense, B_pairs = dense_of_pairs(N)
+    A, B = (t.to(torch.complex128) for t in hippo.operator(measure, N))
+    dense, B_pairs = dense_of_pairs(measure, N)
     eye = torch.eye(N, dtype=torch.complex128)
     for s in (0.1, 1j, 3 + 10j, 100 - 50j):
-        expected = B.to(eye.dtype) @ torch.linalg.solve(s * eye - A, B.to(eye.dtype))
+        expected = B @ torch.linalg.solve(s * eye - A, B)
         actual = B_pairs.conj() @ torch.linalg.solve(s * eye - dense, B_pairs)
         assert abs(complex(actual - expected)) <= 1e-9 * abs(complex(expected))
 
 
+@measures
 @pytest.mark.parametrize("N", [2, 8, 16])
-def test_normal_plus_low_rank_form_has_the_markov_parameters_of_legs(N: int):
+def test_normal_plus_low_rank_form_has_the_markov_parameters(measure: str, N: int):
     """⟨Aⁱ B, Aʲ B⟩ does not depend on the basis, and fixes (A, B) up to a rotation."""
-    A, B = hippo.legs(N)
-    dense, B_pairs = dense_of_pairs(N)
+    A, B = hippo.operator(measure, N)
+    dense, B_pairs = dense_of_pairs(measure, N)
     krylov, krylov_pairs = [B], [B_pairs]
     for _ in range(5):  # A is scaled so that its powers stay comparable
         krylov.append(A @ krylov[-1] / N**2)
@@ -80,20 +155,49 @@ def test_normal_plus_low_rank_form_has_the_markov_parameters_of_legs(N: int):
     torch.testing.assert_close((Y.conj() @ Y.mT).real, X @ X.mT, rtol=1e-9, atol=1e-9)
 
 
-def test_normal_part_decays_at_one_half_and_keeps_one_of_each_pair():
-    form = hippo.legs_normal_plus_low_rank(32)
-    assert all(field.shape == (16,) and field.dtype == torch.complex128 for field in form)
-    assert bool((form.Lambda.real == -0.5).all())
-    assert bool((form.Lambda.imag > 0).all())
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_normal_plus_low_rank_form_has_the_eigenvalues_of_legs(N: int):
+    dense, _ = dense_of_pairs("legs", N)
+    eigenvalues = np.sort(np.linalg.eigvals(dense.numpy()).real)
+    np.testing.assert_allclose(eigenvalues, np.arange(-N, 0), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("measure", "rank", "decay"),
+    [("legs", 1, 0.5), ("legt", 2, 0.0), ("lagt", 1, 0.5), ("fourier", 1, 0.0)],
+)
+def test_normal_part_keeps_one_of_each_pair(measure: str, rank: int, decay: float):
+    Lambda, P, B = hippo.normal_plus_low_rank(measure, 32)
+    assert {field.dtype for field in (Lambda, P, B)} == {torch.complex128}
+    assert (Lambda.shape, P.shape, B.shape) == ((16,), (rank, 16), (16,))
+    torch.testing.assert_close(Lambda.real, torch.full((16,), -decay, dtype=torch.float64))
+    assert bool((Lambda.imag > -1e-9).all())
+
+
+# Refusals
+
+
+@measures
 @pytest.mark.parametrize("N", [0, -3])
-def test_legs_refuses_an_empty_state(N: int):
+def test_empty_states_are_refused(measure: str, N: int):
     with pytest.raises(ValueError, match=f"at least 1, got {N}"):
-        hippo.legs(N)
+        hippo.operator(measure, N)
 
 
-@pytest.mark.parametrize("N", [0, 1, 7, -2])
-def test_normal_plus_low_rank_form_refuses_odd_and_empty_states(N: int):
-    with pytest.raises(ValueError, match=f"even and at least 2, got {N}"):
-        hippo.legs_normal_plus_low_rank(N)
+@measures
+@pytest.mark.parametrize("N", [1, 7])
+def test_normal_plus_low_rank_form_refuses_odd_states(measure: str, N: int):
+    with pytest.raises(ValueError, match=f"even.*, got {N}"):
+        hippo.normal_plus_low_rank(measure, N)
+
+
+def test_unknown_measures_are_refused():
+    for function in (hippo.operator, hippo.normal_plus_low_rank):
+        with pytest.raises(ValueError, match="one of legs, legt, lagt, fourier; got 'hermite'"):
+            function("hermite", 4)
+
+
+@pytest.mark.parametrize(("measure", "dt"), [("legs", 0.1), ("legt", None), ("fourier", None)])
+def test_memory_takes_a_dt_where_the_measure_has_one(measure: str, dt: float | None):
+    with pytest.raises(ValueError, match="dt"):
+        hippo.Memory(measure, 4, dt)

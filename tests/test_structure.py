@@ -12,8 +12,9 @@ import genssm
 # From the ground up. A module may import from those before it.
 ORDER = (
     "settings",
-    "hippo",
     "ssm",
+    "hippo",
+    "recurrence",
     "layers",
     "model",
     "codec",

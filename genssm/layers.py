@@ -1,7 +1,9 @@
 """State space layers: trained by convolution, converted once to an exact recurrence.
 
 A trained layer has ``forward``; ``to_recurrent`` returns another object with ``initial_state``,
-``prefill`` and ``step``. Sources: S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
+``prefill`` and ``step``. Both take a ``rate``, which scales Δ: a layer trained at one sampling rate
+reads a signal of half that rate with ``rate=2``, and of twice that rate with ``rate=0.5``.
+Sources: LSSL (arXiv 2110.13985), S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
 """
 
 import math
@@ -42,18 +44,24 @@ class TrainedLayer(nn.Module, ABC):
         self.D = nn.Parameter(torch.randn(d_model))
 
     @abstractmethod
-    def kernel(self, length: int) -> Tensor:
-        """The convolution kernel K_k = C Āᵏ B̄, (H, length) real."""
+    def kernel(self, length: int, rate: float = 1.0) -> Tensor:
+        """The convolution kernel K_k = C Āᵏ B̄ for the interval rate·Δ, (H, length) real."""
 
     @abstractmethod
-    def to_recurrent(self) -> Recurrence:
+    def to_recurrent(self, rate: float = 1.0) -> Recurrence:
         """The same map as an exact recurrence; constants made in float64 and rounded once."""
 
-    def forward(self, u: Tensor) -> Tensor:
+    def dt(self, rate: float = 1.0) -> Tensor:
+        """The intervals rate·Δ, (H,) positive."""
+        if not 0 < rate < math.inf:
+            raise ValueError(f"the rate must be positive and finite, got {rate}")
+        return self.log_dt.exp() * rate
+
+    def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
         with torch.autocast(u.device.type, enabled=False):
             x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
-            y = ssm.fft_convolution(x, self.kernel(x.shape[-1]), self.D)
+            y = ssm.fft_convolution(x, self.kernel(x.shape[-1], rate), self.D)
             return rearrange(y, "b h l -> b l h")
 
 
@@ -79,11 +87,11 @@ class StateSpace(TrainedLayer):
         """The eigenvalues of the normal part, (H, n) complex, Re Λ < 0."""
         return torch.complex(-self.log_decay.exp().clamp(min=SLOWEST_DECAY), self.frequency)
 
-    def _double_dynamics(self) -> tuple[Tensor, Tensor]:
-        """Λ (H, n) complex128 and Δ (H, 1) float64, for constants that are rounded once."""
+    def _double_dynamics(self, rate: float) -> tuple[Tensor, Tensor]:
+        """Λ (H, n) complex128 and rate·Δ (H, 1) float64, for constants that are rounded once."""
         decay = self.log_decay.detach().double().exp().clamp(min=SLOWEST_DECAY)
         Lambda = torch.complex(-decay, self.frequency.detach().double())
-        return Lambda, self.log_dt.detach().double().exp()[:, None]
+        return Lambda, self.dt(rate).detach().double()[:, None]
 
 
 class S4D(StateSpace):
@@ -113,15 +121,15 @@ class S4D(StateSpace):
             raise ValueError(f"init must be one of {', '.join(frequencies)}; got {init!r}")
         super().__init__(d_model, -0.5 + 1j * frequencies[init], dt_min=dt_min, dt_max=dt_max)
 
-    def kernel(self, length: int) -> Tensor:
+    def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         Lambda = self.Lambda()
-        log_a = Lambda * self.log_dt.exp()[:, None]
+        log_a = Lambda * self.dt(rate)[:, None]
         c = 2 * torch.view_as_complex(self.C) * torch.expm1(log_a) / Lambda
         return ssm.vandermonde_kernel(c, log_a, length)
 
     @torch.no_grad()
-    def to_recurrent(self) -> RecurrentStateSpace:
-        Lambda, dt = self._double_dynamics()
+    def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
+        Lambda, dt = self._double_dynamics(rate)
         log_a = Lambda * dt
         C = torch.view_as_complex(self.C.detach().double())
         return RecurrentStateSpace(
@@ -159,29 +167,29 @@ class S4(StateSpace):
         self.P = nn.Parameter(torch.view_as_real(nplr.P).float().repeat(d_model, 1, 1, 1))
         self.B = nn.Parameter(torch.view_as_real(nplr.B).float().repeat(d_model, 1, 1))
 
-    def kernel(self, length: int) -> Tensor:
+    def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         P, B, C = (torch.view_as_complex(t) for t in (self.P, self.B, self.C))
         span = self.l_max
-        if length > span:
-            C, span = self._lengthened(length).to(C.dtype), length
-        return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.log_dt.exp(), span)[:, :length]
+        if length > span or rate != 1:
+            C, span = self._truncated(length, rate).to(C.dtype), max(1, length)
+        return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)[:, :length]
 
     @torch.no_grad()
-    def _lengthened(self, length: int) -> Tensor:
-        """C̃ for another length: C (I - Ā^length), in float64."""
-        a, _, p, q = self._discrete()
-        C = to_row(self._solve_output(a, p, q))
+    def _truncated(self, length: int, rate: float) -> Tensor:
+        """C̃ for another length and rate: C (I - Ā^length), in float64; no gradient."""
+        C = to_row(self._solve_output())
+        a, _, p, q = self._discrete(rate)
         power = torch.linalg.matrix_power(dense_transition(a, p, q), length)
         return from_row(C - (C[:, None] @ power)[:, 0])
 
-    def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _discrete(self, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ā = diag(a) - p qᵀ and B̄ = b under the bilinear rule, (H, n) complex128.
 
         With h = Δ/2, (I - hA)⁻¹ = E - E P (I/h + Pᴴ E P)⁻¹ Pᴴ E for E = (I - hΛ)⁻¹ (Woodbury), so
         Ā = 2 (I - hA)⁻¹ - I stays diagonal minus low rank: p, q (H, rank, n).
         Source: S4, Appendix C.2.
         """
-        Lambda, dt = self._double_dynamics()
+        Lambda, dt = self._double_dynamics(rate)
         P, B = (torch.view_as_complex(t.detach().double()) for t in (self.P, self.B))
         h = dt / 2
         E = 1 / (1 - h * Lambda)
@@ -193,8 +201,9 @@ class S4(StateSpace):
         PEB = 2 * (PE @ B[..., None]).real  # (H, rank, 1)
         return 2 * E - 1, h * (2 * E * B - (p * PEB).sum(1)), p, PE
 
-    def _solve_output(self, a: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        """C from C̃ = C (I - Ā^l_max), (H, n) complex128."""
+    def _solve_output(self) -> Tensor:
+        """C from C̃ = C (I - Ā^l_max) at the trained rate, (H, n) complex128."""
+        a, _, p, q = self._discrete(1.0)
         A = dense_transition(a, p, q)
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         lhs = (eye - torch.linalg.matrix_power(A, self.l_max)).mT
@@ -202,9 +211,9 @@ class S4(StateSpace):
         return from_row(torch.linalg.solve(lhs, to_row(C_tilde)))
 
     @torch.no_grad()
-    def to_recurrent(self) -> RecurrentStateSpace:
-        a, b, p, q = self._discrete()
-        c = self._solve_output(a, p, q)
+    def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
+        a, b, p, q = self._discrete(rate)
+        c = self._solve_output()
         return RecurrentStateSpace(a, b, c, self.D.detach(), p, q, dtype=self.D.dtype)
 
 
@@ -241,17 +250,17 @@ class LSSL(TrainedLayer):
         eye = torch.eye(self.W.shape[0], dtype=self.W.dtype, device=self.W.device)
         return self.W - self.W.mT - self.P.mT @ self.P - eye / 2
 
-    def _discrete(self, A: Tensor) -> tuple[Tensor, Tensor]:
+    def _discrete(self, A: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         B = self.get_buffer("B").to(A.dtype)
-        return ssm.discretize(A, B, self.log_dt.to(A.dtype).exp(), "bilinear")
+        return ssm.discretize(A, B, self.dt(rate).to(A.dtype), "bilinear")
 
-    def kernel(self, length: int) -> Tensor:
-        A_bar, B_bar = self._discrete(self.A())
+    def kernel(self, length: int, rate: float = 1.0) -> Tensor:
+        A_bar, B_bar = self._discrete(self.A(), rate)
         return (self.C[:, None] @ ssm.krylov_products(A_bar, B_bar, length))[:, 0]
 
     @torch.no_grad()
-    def to_recurrent(self) -> DenseRecurrence:
-        A_bar, B_bar = self._discrete(self.A().double())
+    def to_recurrent(self, rate: float = 1.0) -> DenseRecurrence:
+        A_bar, B_bar = self._discrete(self.A().double(), rate)
         return DenseRecurrence(A_bar, B_bar, self.C.double(), self.D.double(), dtype=self.D.dtype)
 
 

@@ -127,11 +127,11 @@ class Block(nn.Module):
         self.ssm = ssm
         self.mixer = Mixer(d_model, expand, dropout)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.mixer(u, self.ssm(self.norm(u)))
+    def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
+        return self.mixer(u, self.ssm(self.norm(u), rate))
 
-    def to_recurrent(self) -> "RecurrentBlock":
-        return RecurrentBlock(_frozen(self.norm), self.ssm.to_recurrent(), _frozen(self.mixer))
+    def to_recurrent(self, rate: float = 1.0) -> "RecurrentBlock":
+        return RecurrentBlock(_frozen(self.norm), self.ssm.to_recurrent(rate), _frozen(self.mixer))
 
 
 class Pool(nn.Module):
@@ -144,17 +144,17 @@ class Pool(nn.Module):
         self.inner = inner
         self.up = Linear(d_inner, stride * d_model)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         """u (B, L, H) of any length; a group counts once it is complete."""
         length = u.shape[1]
         full = length - length % self.stride
         grouped = rearrange(u[:, :full], "b (g s) h -> b g (s h)", s=self.stride)
-        z = self.up(self.inner(self.down(grouped)))
+        z = self.up(self.inner(self.down(grouped), rate))
         z = rearrange(z, "b g (s h) -> b (g s) h", s=self.stride)
         return u + F.pad(z, (0, 0, self.stride, 0))[:, :length]
 
-    def to_recurrent(self) -> "RecurrentPool":
-        inner = self.inner.to_recurrent()
+    def to_recurrent(self, rate: float = 1.0) -> "RecurrentPool":
+        inner = self.inner.to_recurrent(rate)
         return RecurrentPool(self.stride, _frozen(self.down), inner, _frozen(self.up))
 
 
@@ -165,13 +165,13 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         for layer in self.layers:
-            u = layer(u)
+            u = layer(u, rate)
         return u
 
-    def to_recurrent(self) -> "RecurrentStack":
-        return RecurrentStack([cast(Any, layer).to_recurrent() for layer in self.layers])
+    def to_recurrent(self, rate: float = 1.0) -> "RecurrentStack":
+        return RecurrentStack([cast(Any, layer).to_recurrent(rate) for layer in self.layers])
 
 
 def build_stack(config: ModelConfig, level: int = 0) -> Stack:
@@ -426,16 +426,16 @@ class SequenceModel(nn.Module):
         self.norm = nn.LayerNorm(config.d_model[0])
         self.head = HEADS[config.head](config)
 
-    def features(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features(self, tokens: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """tokens (B, L) → what the head reads: features (B, L, H), prediction (B, L, 1) or None."""
         _check_tokens(tokens, self.config)
         window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
         x, prediction = self.inputs(window, 0)
-        return self.norm(self.stack(x)), prediction
+        return self.norm(self.stack(x, rate)), prediction
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) → logits (B, L, V)."""
-        return self.head.logits(*self.features(tokens))
+    def forward(self, tokens: Tensor, rate: float = 1.0) -> Tensor:
+        """tokens (B, L) → logits (B, L, V); ``rate`` scales Δ in every layer."""
+        return self.head.logits(*self.features(tokens, rate))
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         """Log-likelihood of tokens[:, 1:] given those before, in nats: (B, L) → (B, L - 1)."""
@@ -597,11 +597,11 @@ class State(NamedTuple):
 class RecurrentModel(nn.Module):
     """A ``SequenceModel`` as a recurrence: constant time and memory per token."""
 
-    def __init__(self, model: SequenceModel) -> None:
+    def __init__(self, model: SequenceModel, rate: float = 1.0) -> None:
         super().__init__()
         self.config = model.config
         self.inputs = _frozen(model.inputs)
-        self.stack = model.stack.to_recurrent()
+        self.stack = model.stack.to_recurrent(rate)
         self.norm = _frozen(model.norm)
         self.head = _frozen(model.head)
 
@@ -641,6 +641,9 @@ class RecurrentModel(nn.Module):
         )
 
 
-def to_recurrent(model: SequenceModel) -> RecurrentModel:
-    """Convert a trained model to the recurrence with the same logits; weights are copied."""
-    return RecurrentModel(model).eval()
+def to_recurrent(model: SequenceModel, rate: float = 1.0) -> RecurrentModel:
+    """Convert a trained model to the recurrence with the same logits; weights are copied.
+
+    ``rate`` scales Δ in every layer: 0.5 makes a model of 8 kHz sound run at 16 kHz.
+    """
+    return RecurrentModel(model, rate).eval()

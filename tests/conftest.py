@@ -61,7 +61,9 @@ def assert_near() -> Callable[[Tensor, Tensor, float], None]:
     """Same shape, all finite, and max |actual - expected| <= tolerance · max |expected|."""
 
     def check(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-        assert actual.shape == expected.shape
+        assert (actual.shape, actual.is_complex()) == (expected.shape, expected.is_complex())
+        if actual.is_complex():
+            actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
         assert bool(actual.isfinite().all())
         if expected.numel():
             error = float((actual.detach().double() - expected.detach().double()).abs().max())

@@ -61,15 +61,11 @@ def by_steps(model: RecurrentModel, tokens: Tensor, state: State) -> tuple[Tenso
     return torch.stack(logits, 1), state
 
 
-def as_real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t) if t.is_complex() else t
-
-
 def assert_same_state(actual: State, expected: State, near: Near, tolerance: float) -> None:
     assert torch.equal(actual.position, expected.position)
     assert torch.equal(actual.history, expected.history)
     for a, b in zip(actual.tensors(), expected.tensors(), strict=True):
-        near(as_real(a), as_real(b), tolerance)
+        near(a, b, tolerance)
 
 
 @everywhere

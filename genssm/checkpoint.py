@@ -164,7 +164,7 @@ def load(name: str | Path) -> Checkpoint:
         k for k in expected if expected[k].shape != tensors[k].shape
     )
     check(not wrong, f"has weights that do not fit its config, first {wrong[:1]}")
-    finite = all(bool(t.isfinite().all()) for t in tensors.values())
+    finite = all(bool(t.float().isfinite().all()) for t in tensors.values())
     check(finite, "holds weights that are not finite numbers")
     model.load_state_dict({k: t.float() for k, t in tensors.items()})
     probe = config["probe"]
@@ -211,6 +211,14 @@ def save(checkpoint: Checkpoint, folder: str | Path) -> Path:
             (target / "tokenizer.model").write_bytes(checkpoint.codec.tokenizer)
 
     return replace_folder(Path(folder), write)
+
+
+def record_metric(name: str | Path, metric: str, facts: dict[str, Any]) -> None:
+    """Write a measurement into a checkpoint's config.json, replacing one of that name."""
+    file = resolve(str(name)) / "config.json"
+    config = json.loads(file.read_text())
+    config["metrics"][metric] = facts
+    replace_file(file, lambda target: target.write_text(json.dumps(config, indent=1) + "\n"))
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:

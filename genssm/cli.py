@@ -266,14 +266,22 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most documents, pictures or clips.")
     ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(help="Write the result into the checkpoint's config.json under this name."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the exact likelihood of data: bits per byte, dimension or sample."""
+    from genssm.checkpoint import record_metric
     from genssm.data import read_examples
     from genssm.pipeline import load
 
     pipe = load(name)
     result = pipe.evaluate(read_examples(data, pipe.codec), limit)
+    if record is not None:
+        measured = {"value": round(result.value, 4), "unit": result.unit}
+        record_metric(name, record, measured | {"examples": result.examples})
     if as_json:
         facts = {
             "model": name,
@@ -301,7 +309,7 @@ def models(as_json: Json = False) -> None:
     for name, folder in shipped_folders().items():
         config = json.loads((folder / "config.json").read_text())
         size = sum(f.stat().st_size for f in folder.iterdir())
-        metric = next(iter(config["metrics"].items()), None)
+        metric = next(reversed(config["metrics"].items()), None)
         if as_json:
             facts = {"name": name, "modality": config["codec"]["kind"], "bytes": size}
             sys.stdout.write(json.dumps(facts | {"metrics": config["metrics"]}) + "\n")

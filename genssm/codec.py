@@ -103,6 +103,8 @@ class Text(Codec):
         from sentencepiece import SentencePieceProcessor
 
         self.tokenizer = tokenizer
+        if not tokenizer:
+            raise ValueError("the tokenizer is empty")
         try:
             self._pieces = SentencePieceProcessor(model_proto=tokenizer)
         except RuntimeError as error:
@@ -110,6 +112,7 @@ class Text(Codec):
         self.boundary = self._pieces.bos_id()
         self.n_outputs = self._pieces.vocab_size()
         self._bytes = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.byte_of = {token: byte for byte, token in enumerate(self._bytes)}
         if self.boundary < 0 or self._pieces.unk_id() in self._bytes:
             raise ValueError("the tokenizer needs a <s> piece and byte fallback")
 
@@ -181,15 +184,28 @@ class Text(Codec):
 
 
 class _TextDecoder(Decoder):
+    """Holds back the bytes of a character until it is whole."""
+
     def __init__(self, codec: Text) -> None:
         self.codec, self.pending = codec, []
 
     def push(self, token: int) -> str | None:
+        if token == self.codec.boundary:
+            return None
         self.pending.append(token)
-        text = self.codec.decode(self.pending)
-        if text.endswith("\ufffd") and len(self.pending) < 4:
-            return None  # perhaps the first bytes of a character
-        return self.flush()
+        ready = len(self.pending) - self._unfinished()
+        text, self.pending = self.codec.decode(self.pending[:ready]), self.pending[ready:]
+        return text or None
+
+    def _unfinished(self) -> int:
+        """How many of the last tokens are the first bytes of a character that is not complete."""
+        for count, token in enumerate(reversed(self.pending[-3:]), 1):
+            byte = self.codec.byte_of.get(token, 0)  # 0 for pieces that are no single byte
+            if byte < 0x80:  # a whole character
+                return 0
+            if byte >= 0xC0:  # the first byte of 2, 3 or 4
+                return count if count < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
+        return 0
 
     def flush(self) -> str | None:
         text, self.pending = self.codec.decode(self.pending), []
@@ -320,11 +336,13 @@ class Audio(Codec):
                 "sound must be floats or int16 of shape (samples,) or (samples, channels), got "
                 f"{wave.dtype} of shape {wave.shape}"
             )
+        if wave.ndim == 2:
+            if wave.shape[1] == 0:
+                raise ValueError(f"the sound has no channel: its shape is {wave.shape}")
+            wave = wave.mean(1)
         wave = wave.astype(np.float32)
         if not np.isfinite(wave).all():
             raise ValueError("the sound holds values that are not finite numbers")
-        if wave.ndim == 2:
-            wave = wave.mean(1)
         if rate is not None and rate != self.rate and len(wave):
             from torchaudio.functional import resample
 

@@ -25,7 +25,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
 }
 # A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
-_DOCUMENT = re.compile(r"(?m)^(?= = [^=].*[^=] = $)|^<\|endoftext\|>\n?")
+_DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -79,30 +79,41 @@ def read_pictures(path: Path, codec: Image) -> Iterator[Example]:
     Labels: ``<name>_labels.npy`` beside a .npy file, the folder's name for picture files.
     """
     if path.suffix == ".npy":
-        array, labels = open_picture_array(path)
+        array, labels = open_picture_array(path, codec)
         for i in range(len(array)):
-            label = codec.labels[labels[i]] if labels is not None and codec.labels else None
-            yield Example(codec.array(array[i]), label)
+            yield Example(
+                codec.array(array[i]), None if labels is None else codec.labels[labels[i]]
+            )
         return
     for name, data in _members(path, PICTURES):
         label = name.parent.name if name.parent.name in codec.labels else None
-        yield Example(codec.array(read_picture(io.BytesIO(data), codec, str(name))), label)
+        picture = read_picture(io.BytesIO(data), codec, str(name))
+        if picture.shape != codec.shape:
+            raise ValueError(f"{str(name)!r} is {picture.shape}, the model takes {codec.shape}")
+        yield Example(picture, label)
 
 
-def open_picture_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """A memory-mapped uint8 array (n, H, W[, C]) and its labels (n,), if any."""
+def open_picture_array(path: Path, codec: Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """A memory-mapped uint8 array (n, H, W[, C]) and its labels (n,), if it and the codec have any."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beside = path.with_name(f"{path.stem}_labels.npy")
-        labels = np.load(beside, allow_pickle=False) if beside.exists() else None
+        known = beside.exists() and codec.labels
+        labels = np.load(beside, allow_pickle=False) if known else None
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{str(path)!r} is not a readable .npy array: {error}") from error
     if array.dtype != np.uint8 or array.ndim not in (3, 4):
         raise ValueError(
             f"pictures must be uint8 of shape (n, H, W, C), got {array.dtype} {array.shape}"
         )
-    if labels is not None and len(labels) != len(array):
-        raise ValueError(f"{len(array)} pictures but {len(labels)} labels in {str(beside)!r}")
+    if labels is not None:
+        if labels.shape != (len(array),):
+            raise ValueError(f"{len(array)} pictures but labels {labels.shape} in {str(beside)!r}")
+        classes = len(codec.labels)
+        if not np.issubdtype(labels.dtype, np.integer) or (
+            len(labels) and not 0 <= labels.min() <= labels.max() < classes
+        ):
+            raise ValueError(f"labels must be integers in 0 … {classes - 1} in {str(beside)!r}")
     return array, labels
 
 
@@ -181,7 +192,7 @@ def find_split(path: Path, split: str, modality: str) -> Path:
     found = [
         p
         for p in sorted(path.iterdir())
-        if p.name.split(".")[0] == split and suffix in "".join(p.suffixes)
+        if p.name.split(".")[0] == split and (p.is_dir() or suffix in p.suffixes or not suffix)
     ]
     if len(found) != 1:
         raise ValueError(
@@ -280,16 +291,13 @@ class ClipBatches:
             tokens = codec.encode(example.raw, example.label)
             ended = torch.cat([tokens[1:], torch.tensor([codec.boundary])])
             self.clips.append((ended[:length], int(tokens[0])))
-        self.shuffled = _Shuffled(
-            len(self.clips), min(self.group * batch_size, len(self.clips)), seed
-        )
+        together = min(self.group * batch_size, len(self.clips) // batch_size * batch_size)
+        if together == 0:
+            raise ValueError(f"a batch of {batch_size} needs more than {len(self.clips)} clips")
+        self.shuffled = _Shuffled(len(self.clips), together, seed)
 
     def batch(self, step: int) -> Batch:
         per_group = self.shuffled.size // self.batch_size
-        if per_group == 0:
-            raise ValueError(
-                f"a batch of {self.batch_size} needs more than {len(self.clips)} clips"
-            )
         turn, at = divmod(step, per_group)
         chosen = sorted(self.shuffled.indices(turn), key=lambda i: len(self.clips[i][0]))
         order = _random(self.seed, turn, 1).permutation(per_group)

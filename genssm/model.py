@@ -373,7 +373,7 @@ class Logistics(nn.Module):
         assert prediction is not None
         weight, offset, log_scale = self.linear(features).float().chunk(3, -1)
         mean = prediction.float() + 0.3 * offset
-        inverse = torch.exp(-(log_scale - 2.5).clamp(min=-7.0))
+        inverse = torch.exp(-(log_scale - 2.5).clamp(min=-7.0, max=7.0))
         return F.log_softmax(weight, -1), mean, inverse
 
     def _log_mass(

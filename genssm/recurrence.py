@@ -186,7 +186,7 @@ class DenseRecurrence(Recurrence):
     def __init__(self, A: Tensor, b: Tensor, c: Tensor, D: Tensor, *, dtype: torch.dtype) -> None:
         super().__init__(A, b, c, D, dtype)
         for name, value in {"A": A, "b": b, "c": c}.items():
-            self.register_buffer(name, value.to(dtype))
+            self.register_buffer(name, value.detach().to(dtype, copy=True))
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state, (batch, H, N)."""

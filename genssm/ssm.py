@@ -56,7 +56,7 @@ def discretize(
     """
     if method not in DISCRETIZATIONS:
         raise ValueError(f"method must be one of {', '.join(DISCRETIZATIONS)}; got {method!r}")
-    if A.shape[-1] != A.shape[-2] or B.shape[-1] != A.shape[-1]:
+    if A.dim() < 2 or A.shape[-1] != A.shape[-2] or B.shape[-1:] != A.shape[-1:]:
         raise ValueError(
             f"A must be (…, N, N) and B (…, N); got {tuple(A.shape)} and {tuple(B.shape)}"
         )

@@ -245,7 +245,8 @@ class _Training:
                 group["lr"] = base * factor
         batch = self.batch(run.step)
         loss = _step(run.model, run.optimizers, batch, settings.clip, settings.seed + run.step)
-        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+        if math.isfinite(loss):
+            self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         run.step += 1
         run.tokens += batch.tokens[:, 1:].numel()
         run.seconds += time.monotonic() - started
@@ -344,7 +345,7 @@ def _prepare(
     if recipe.modality == "image":
         image = Image(**recipe.codec)
         if source.suffix == ".npy":
-            pictures, labels = open_picture_array(source)
+            pictures, labels = open_picture_array(source, image)
         else:
             pictures, labels = _stack_pictures(read_pictures(source, image), image)
         return image, PictureBatches(
@@ -381,7 +382,8 @@ def _tokenize(
     checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(learned))
     stream = out / f"tokens-{_fingerprint(source, learned)}.npy"
     if not stream.exists():
-        encoded = [codec.encode(text).numpy().astype(np.uint16) for text in read_documents(source)]
+        kind = np.uint16 if codec.vocab_size <= 2**16 else np.uint32
+        encoded = [codec.encode(text).numpy().astype(kind) for text in read_documents(source)]
         checkpoints.replace_file(stream, lambda file: np.save(file, np.concatenate(encoded)))
     return codec, np.load(stream, mmap_mode="r")
 

@@ -5,13 +5,15 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the app needs the extra [app]")
 
+import itertools
+
 import app  # noqa: E402
 
 
 def test_writing_streams_text_that_grows_from_the_prompt() -> None:
     updates = list(app.write("The river", 12, 0.8, 5))
     texts = [text for text, _ in updates]
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
     assert texts[0].startswith("The river")
     assert "seed 5" in updates[-1][1]
     assert "12 tokens" in updates[-1][1]

@@ -204,6 +204,19 @@ def test_evaluate_prints_value_and_unit(run, folders, tmp_path) -> None:
     assert "bits/byte" in run("evaluate", folders["text"], "--data", "a.txt").stdout
 
 
+def test_a_measurement_is_recorded_in_the_checkpoint(
+    run, make_checkpoint: Callable[[str], Checkpoint], tmp_path
+) -> None:
+    save(make_checkpoint("text"), tmp_path / "model")
+    (tmp_path / "a.txt").write_text("The quick fox.")
+    result = run("evaluate", "model", "--data", "a.txt", "--record", "mine", "--json")
+    facts = json.loads(run("inspect", "model", "--json").stdout)
+    assert facts["metrics"]["mine"]["unit"] == "bits/byte"
+    assert facts["metrics"]["mine"]["value"] == pytest.approx(
+        json.loads(result.stdout)["value"], abs=1e-4
+    )
+
+
 def test_models_lists_the_shipped_ones(run) -> None:
     names = [json.loads(line)["name"] for line in run("models", "--json").stdout.splitlines()]
     assert "wiki" in names

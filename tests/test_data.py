@@ -180,14 +180,14 @@ def test_array_of_no_such_pictures_is_refused(array: np.ndarray, message: str, t
 def test_array_that_is_not_readable_is_named(content: bytes, tmp_path: Path):
     (tmp_path / "test.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"test.npy' is not a readable .npy array"):
-        open_picture_array(tmp_path / "test.npy")
+        open_picture_array(tmp_path / "test.npy", IMAGE)
 
 
 def test_labels_of_another_number_are_refused(tmp_path: Path, pictures: np.ndarray):
     np.save(tmp_path / "test.npy", pictures)
     np.save(tmp_path / "test_labels.npy", np.zeros(5, np.int64))
     with pytest.raises(ValueError, match="6 pictures but 5 labels"):
-        open_picture_array(tmp_path / "test.npy")
+        open_picture_array(tmp_path / "test.npy", IMAGE)
 
 
 @pytest.mark.parametrize("label", [2, -1])

@@ -94,7 +94,7 @@ def test_steps_go_on_from_a_prompt_of_every_phase(
     kind: str, layer: str, make_model: MakeModel, assert_near: Near
 ):
     model = in_precision(make_model(kind, layer), torch.float64)
-    tokens = draw(model, 2, 3 * PERIOD + 1)
+    tokens = draw(model, 2, 2 * PERIOD + 3)
     expected = model(tokens)
     recurrent = to_recurrent(model)
     for length in range(2 * PERIOD + 1):

@@ -94,7 +94,7 @@ def read_pictures(path: Path, codec: Image) -> Iterator[Example]:
 
 
 def open_picture_array(path: Path, codec: Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """A memory-mapped uint8 array (n, H, W[, C]) and its labels (n,), if it and the codec have any."""
+    """A memory-mapped uint8 array (n, H, W[, C]) and, if the codec has classes, labels (n,)."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beside = path.with_name(f"{path.stem}_labels.npy")
@@ -259,7 +259,8 @@ class PictureBatches:
         flip: bool,
     ) -> None:
         codec.array(pictures[0])
-        self.pictures, self.labels, self.codec = pictures, labels, codec
+        self.pictures, self.codec = pictures, codec
+        self.labels = labels if codec.labels else None
         self.seed, self.flip = seed, flip
         self.shuffled = _Shuffled(len(pictures), batch_size, seed)
 

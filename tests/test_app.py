@@ -1,11 +1,11 @@
 """The web app: its functions, called as the page calls them."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 gr = pytest.importorskip("gradio", reason="the app needs the extra [app]")
-
-import itertools
 
 import app  # noqa: E402
 

@@ -1,5 +1,6 @@
 """The state space layers: one map, computed by convolution, step by step and in chunks."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -297,3 +298,32 @@ def test_converted_layer_no_longer_follows_the_trained_one(name: str):
 def test_bad_settings_are_refused(build: Callable[[], TrainedLayer], message: str):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", LAYERS)
+def test_both_views_at_a_rate_are_those_of_the_scaled_interval(name, rate, assert_near):
+    layer = LAYERS[name](3, 8, 40, dt_min=1e-2, dt_max=1e-1).double()
+    u = torch.randn(2, 40, 3, dtype=torch.float64)
+    recurrent = layer.to_recurrent(rate)
+    prefilled, _ = recurrent.prefill(u, recurrent.initial_state(2))
+    assert_near(layer(u, rate), prefilled, 1e-9)
+    if name not in ("s4", "s4-fourier"):  # these store C for one interval
+        scaled = copy.deepcopy(layer)
+        with torch.no_grad():
+            scaled.log_dt += math.log(rate)
+        assert_near(scaled(u), prefilled, 1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_slow_signal_means_the_same_at_half_the_rate(name, assert_near):
+    """A constant input drives the layer to the same output after the same time."""
+    layer = LAYERS[name](3, 8, 64, dt_min=1e-2, dt_max=2e-2).double()
+    ones = torch.ones(1, 64, 3, dtype=torch.float64)
+    assert_near(layer(ones[:, :32], 2.0)[:, -1], layer(ones)[:, -1], 0.05)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_a_rate_that_is_not_positive_is_refused(rate):
+    with pytest.raises(ValueError, match="the rate must be positive"):
+        LAYERS["s4d"](3, 8, 40).to_recurrent(rate)

@@ -17,6 +17,7 @@ from genssm.model import RecurrentModel, SequenceModel, to_recurrent
 _LN2 = math.log(2)
 LONGEST = 16_384  # tokens convolved at once; longer sequences go on from the recurrent state
 _HEAD = 4_096  # tokens whose logits are held at once
+_BATCH = 16_384  # tokens evaluated at once: more do not fit the caches
 
 
 @torch.no_grad()
@@ -66,14 +67,13 @@ def evaluate(
 ) -> Evaluation:
     """The mean exact likelihood over at most ``limit`` examples, each from its start."""
     bits, tokens, units, count = 0.0, 0, 0, 0
-    for batch in _batches(islice(examples, limit), 16 if codec.modality != "text" else 1):
-        encoded = [codec.encode(e.raw, e.label) for e in batch]
-        longest = max(len(t) for t in encoded)
+    for batch in _batches((e, codec.encode(e.raw, e.label)) for e in islice(examples, limit)):
+        longest = max(len(sequence) for _, sequence in batch)
         padded = torch.full((len(batch), longest), codec.boundary)
-        for row, sequence in enumerate(encoded):
+        for row, (_, sequence) in enumerate(batch):
             padded[row, : len(sequence)] = sequence
         scored = token_bits(model, padded)
-        for row, (example, sequence) in enumerate(zip(batch, encoded, strict=True)):
+        for row, (example, sequence) in enumerate(batch):
             bits += float(scored[row, : len(sequence) - 1].double().sum())
             tokens += len(sequence) - 1
             units += codec.units(example.raw)
@@ -83,10 +83,16 @@ def evaluate(
     return Evaluation(bits / units, codec.unit, bits, tokens, units, count)
 
 
-def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Groups of ``size`` examples of similar length, to spare padding."""
-    iterator = iter(examples)
-    while window := list(islice(iterator, 8 * size)):
-        window.sort(key=lambda e: len(e.raw))
-        for i in range(0, len(window), size):
-            yield window[i : i + size]
+def _batches(
+    encoded: Iterable[tuple[Example, Tensor]],
+) -> Iterator[list[tuple[Example, Tensor]]]:
+    """Groups of similar length, to spare padding, of at most ``_BATCH`` tokens (or one example)."""
+    iterator = iter(encoded)
+    while window := list(islice(iterator, 64)):
+        batch: list[tuple[Example, Tensor]] = []
+        for item in sorted(window, key=lambda item: len(item[1])):
+            if batch and (len(batch) + 1) * len(item[1]) > _BATCH:
+                yield batch
+                batch = []
+            batch.append(item)
+        yield batch

@@ -120,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
             "taps": CIFAR_TAPS,
             "image_shape": (32, 32, 3),
         },
-        train=TrainConfig(batch_size=4, length=3072, flip=True),
+        train=TrainConfig(batch_size=8, length=3072, flip=True),
     ),
     "digits": Recipe(
         modality="audio",
@@ -131,6 +131,6 @@ RECIPES: dict[str, Recipe] = {
             "pools": (4, 4),
             "d_state": 32,
         },
-        train=TrainConfig(batch_size=4, length=8192),
+        train=TrainConfig(batch_size=8, length=8192),
     ),
 }

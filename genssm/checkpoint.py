@@ -228,6 +228,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     try:
         write(fresh)
         fresh.chmod(0o755)
+        for file in fresh.iterdir():
+            file.chmod(0o644)
         previous = folder.with_name(folder.name + ".previous")
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)

@@ -257,6 +257,8 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         cwd=cwd,
         env=environment,
+        # Background jobs inherit an ignored SIGINT, which Python would keep ignoring.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

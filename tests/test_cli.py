@@ -258,7 +258,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
         cwd=cwd,
         env=environment,
         # Background jobs inherit an ignored SIGINT, which Python would keep ignoring.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 

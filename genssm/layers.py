@@ -51,11 +51,11 @@ class TrainedLayer(nn.Module, ABC):
     def to_recurrent(self, rate: float = 1.0) -> Recurrence:
         """The same map as an exact recurrence; constants made in float64 and rounded once."""
 
-    def dt(self, rate: float = 1.0) -> Tensor:
-        """The intervals rate·Δ, (H,) positive."""
+    def dt(self, rate: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """The intervals rate·Δ, (H,) positive, computed in ``dtype`` (by default the layer's)."""
         if not 0 < rate < math.inf:
             raise ValueError(f"the rate must be positive and finite, got {rate}")
-        return self.log_dt.exp() * rate
+        return self.log_dt.to(dtype or self.log_dt.dtype).exp() * rate
 
     def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
@@ -91,7 +91,7 @@ class StateSpace(TrainedLayer):
         """Λ (H, n) complex128 and rate·Δ (H, 1) float64, for constants that are rounded once."""
         decay = self.log_decay.detach().double().exp().clamp(min=SLOWEST_DECAY)
         Lambda = torch.complex(-decay, self.frequency.detach().double())
-        return Lambda, self.dt(rate).detach().double()[:, None]
+        return Lambda, self.dt(rate, torch.float64).detach()[:, None]
 
 
 class S4D(StateSpace):
@@ -252,7 +252,7 @@ class LSSL(TrainedLayer):
 
     def _discrete(self, A: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         B = self.get_buffer("B").to(A.dtype)
-        return ssm.discretize(A, B, self.dt(rate).to(A.dtype), "bilinear")
+        return ssm.discretize(A, B, self.dt(rate, A.dtype), "bilinear")
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         A_bar, B_bar = self._discrete(self.A(), rate)

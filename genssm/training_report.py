@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from genssm.codec import Audio, Image, Text
 from genssm.train import Progress
 
-_UNITS = {"text": "bits/byte", "image": "bits/dim", "audio": "bits/sample"}
+_UNITS = {codec.modality: codec.unit for codec in (Text, Image, Audio)}
 
 
 def describe(progress: Progress, modality: str) -> str:

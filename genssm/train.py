@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from genssm.data import (
 )
 from genssm.evaluate import evaluate
 from genssm.model import ModelConfig, SequenceModel
-from genssm.optim import build_optimizers, rate
+from genssm.optim import build_optimizers, has_fast_bfloat16, rate
 from genssm.recipes import Recipe
 
 _LN2 = math.log(2)
@@ -307,7 +306,7 @@ def _step(
     device = model.norm.weight.device
     with (
         torch.random.fork_rng(),
-        torch.autocast(device.type, torch.bfloat16, _has_bfloat16(device)),
+        torch.autocast(device.type, torch.bfloat16, has_fast_bfloat16(device)),
     ):
         torch.manual_seed(seed)  # dropout
         nats = -model.log_prob(batch.tokens.to(device))
@@ -322,14 +321,6 @@ def _step(
         for optimizer in optimizers:
             optimizer.step()
     return float(loss.detach()) / _LN2
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on this device."""
-    if device.type == "cpu":
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return True
 
 
 def _prepare(

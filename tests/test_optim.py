@@ -49,7 +49,8 @@ def test_matrices_are_orthogonalized_one_by_one():
     )
 
 
-def test_muon_steps_as_its_plain_definition():
+def test_muon_steps_as_its_plain_definition(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("genssm.optim.has_fast_bfloat16", lambda device: False)
     lr, decay, momentum = 0.1, 0.5, 0.9
     parameters = [nn.Parameter(torch.randn(s)) for s in ((4, 6), (4, 6), (12, 3))]
     expected = [p.detach().clone() for p in parameters]
@@ -67,6 +68,19 @@ def test_muon_steps_as_its_plain_definition():
         muon.step()
         for p, value in zip(parameters, expected, strict=True):
             torch.testing.assert_close(p.detach(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_in_bfloat16_takes_nearly_the_same_step(monkeypatch: pytest.MonkeyPatch):
+    gradient, steps = torch.randn(16, 24), []
+    for fast in (False, True):
+        monkeypatch.setattr("genssm.optim.has_fast_bfloat16", lambda device, fast=fast: fast)
+        p = nn.Parameter(torch.zeros(16, 24))
+        p.grad = gradient.clone()
+        Muon([p], lr=1.0, weight_decay=0.0).step()
+        steps.append(p.detach())
+    assert p.dtype == torch.float32
+    assert not torch.equal(*steps)
+    assert float((steps[0] - steps[1]).norm() / steps[0].norm()) < 0.05
 
 
 def test_muon_moves_only_parameters_with_a_gradient():

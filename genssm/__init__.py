@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genssm.model import ModelConfig, SequenceModel, to_recurrent
+    from genssm.conversion import to_recurrent
+    from genssm.model import ModelConfig, SequenceModel
     from genssm.pipeline import Pipeline, Sample, load
 
 __version__ = "0.1.0"
@@ -18,7 +19,7 @@ __all__ = ["ModelConfig", "Pipeline", "Sample", "SequenceModel", "load", "to_rec
 _HOMES = {
     "ModelConfig": "genssm.model",
     "SequenceModel": "genssm.model",
-    "to_recurrent": "genssm.model",
+    "to_recurrent": "genssm.conversion",
     "Pipeline": "genssm.pipeline",
     "Sample": "genssm.pipeline",
     "load": "genssm.pipeline",

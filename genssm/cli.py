@@ -334,9 +334,17 @@ def inspect(
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
         return
+    layers = facts.pop("layers", [])
     for key, value in facts.items():
         text = json.dumps(value) if isinstance(value, dict | list) else value
         sys.stdout.write(f"{key.replace('_', ' '):<34} {text}\n")
+    for layer in layers:
+        low, middle, high = layer["half_lives"]
+        sys.stdout.write(
+            f"{layer['name']:<34} difference {layer['difference']:.1e}, "
+            f"spectral radius {layer['spectral_radius']:.5f}, condition {layer['condition']:.1e}, "
+            f"half-lives {low:.0f} / {middle:.0f} / {high:.0f} tokens\n"
+        )
 
 
 def main() -> None:

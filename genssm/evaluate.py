@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from genssm.codec import Codec
+from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.model import RecurrentModel, SequenceModel, to_recurrent
+from genssm.model import RecurrentModel, SequenceModel
 
 _LN2 = math.log(2)
 LONGEST = 16_384  # tokens convolved at once; longer sequences go on from the recurrent state

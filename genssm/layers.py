@@ -6,11 +6,14 @@ reads a signal of half that rate with ``rate=2``, and of twice that rate with ``
 Sources: LSSL (arXiv 2110.13985), S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -23,33 +26,75 @@ from genssm.recurrence import (
     from_row,
     to_row,
 )
+from genssm.settings import check_type
 
 SLOWEST_DECAY = 1e-4  # Re Λ never rises above -SLOWEST_DECAY: every mode decays
 
 
+class System(NamedTuple):
+    """x' = Ax + Bu, y = Cx + Du with dense real matrices and time in steps, one for each feature.
+
+    float64: ``A (H, S, S)``, ``B (H, S)``, ``C (H, M, S)``, ``D (H, M)``.
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+
+
 class TrainedLayer(nn.Module, ABC):
-    """What every layer shares: Δ and D per feature, convolution by FFT, groups of parameters."""
+    """What every layer shares: Δ and D, convolution by FFT, groups of parameters.
+
+    H features with ``channels`` outputs each, flattened feature by feature: (B, L, H·M). Δ starts
+    log-uniform in ``dt_min`` … ``dt_max``, each a number or one number per feature. A
+    ``bidirectional`` layer has a second kernel that reads the future (for classification).
+    """
 
     # Parameters of the dynamics: trained at a lower rate and without weight decay.
     dynamics: tuple[str, ...] = ("log_dt",)
 
-    def __init__(self, d_model: int, *, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        channels: int = 1,
+        bidirectional: bool = False,
+        dt_min: float | Sequence[float] = 1e-3,
+        dt_max: float | Sequence[float] = 1e-1,
+    ) -> None:
         super().__init__()
-        if d_model < 1:
-            raise ValueError(f"d_model must be at least 1, got {d_model}")
-        if not 0 < dt_min <= dt_max:
+        for name, value in (("d_model", d_model), ("channels", channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.d_model, self.channels, self.bidirectional = d_model, channels, bidirectional
+        low, high = (_per_feature(dt, d_model) for dt in (dt_min, dt_max))
+        if not bool(((low > 0) & (low <= high) & high.isfinite()).all()):
             raise ValueError(f"the range of dt needs 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
-        spread = torch.rand(d_model) * math.log(dt_max / dt_min)
-        self.log_dt = nn.Parameter(spread + math.log(dt_min))
-        self.D = nn.Parameter(torch.randn(d_model))
+        self.log_dt = nn.Parameter(torch.rand(d_model) * (high / low).log() + low.log())
+        self.D = nn.Parameter(torch.randn(d_model * channels))
+        self._kernel_key: tuple | None = None
+        self._kernel = torch.empty(0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of C: kernels per feature, over both directions, times features."""
+        return self.d_model * self.channels * (2 if self.bidirectional else 1)
 
     @abstractmethod
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        """The convolution kernel K_k = C Āᵏ B̄ for the interval rate·Δ, (H, length) real."""
+        """The convolution kernels K_k = C Āᵏ B̄ for the interval rate·Δ, (H, M, length) real.
+
+        A bidirectional layer has 2 M of them: forward, then backward.
+        """
 
     @abstractmethod
     def to_recurrent(self, rate: float = 1.0) -> Recurrence:
         """The same map as an exact recurrence; constants made in float64 and rounded once."""
+
+    @abstractmethod
+    def to_continuous(self, rate: float = 1.0) -> System:
+        """The differential equation that is discretised, dense and in float64, time in steps."""
 
     def dt(self, rate: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """The intervals rate·Δ, (H,) positive, computed in ``dtype`` (by default the layer's)."""
@@ -58,47 +103,135 @@ class TrainedLayer(nn.Module, ABC):
         return self.log_dt.to(dtype or self.log_dt.dtype).exp() * rate
 
     def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
-        """u (B, L, H) → y (B, L, H), by convolution; at least float32 whatever the autocast."""
+        """u (B, L, H) → y (B, L, H·M), by convolution; at least float32 whatever the autocast."""
+        if u.dim() != 3 or u.shape[-1] != self.d_model or u.is_complex() or not u.shape[1]:
+            raise ValueError(
+                f"u must be real, (B, L, {self.d_model}) with L >= 1; "
+                f"got {tuple(u.shape)} {u.dtype}"
+            )
         with torch.autocast(u.device.type, enabled=False):
             x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
-            y = ssm.fft_convolution(x, self.kernel(x.shape[-1], rate), self.D)
+            D = self.D.unflatten(0, (self.d_model, self.channels))
+            kernel = self._kernel_of(x.shape[-1], rate)
+            y = ssm.fft_convolution(x, kernel[:, : self.channels], D)
+            if self.bidirectional:  # the second kernel begins at the next position
+                behind = ssm.fft_convolution(x.flip(-1), kernel[:, self.channels :], 0 * D).flip(-1)
+                y = y + F.pad(behind[..., 1:], (0, 1))
             return rearrange(y, "b h l -> b l h")
+
+    def _kernel_of(self, length: int, rate: float) -> Tensor:
+        """``kernel``, kept between calls that need no gradient while no parameter changes."""
+        if torch.is_grad_enabled():
+            return self.kernel(length, rate)
+        parameters = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        span = self._kept_length(length)
+        key = (span, rate, parameters)
+        if key != self._kernel_key:
+            self._kernel, self._kernel_key = self.kernel(span, rate), key
+        return self._kernel[..., :length]
+
+    def _kept_length(self, length: int) -> int:
+        """The length of the kernel that serves sequences of ``length``."""
+        return 1 << (length - 1).bit_length()
+
+    def _refuse_future(self) -> None:
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer reads the future, so it has no recurrence")
+
+    def _double_D(self) -> Tensor:
+        return self.D.detach().double().unflatten(0, (self.d_model, self.channels))
+
+
+def _per_feature(dt: float | Sequence[float], d_model: int) -> Tensor:
+    values = torch.as_tensor(dt, dtype=torch.float32)
+    if values.shape not in ((), (d_model,)):
+        raise ValueError(f"dt needs one number, or one for each of {d_model} features; got {dt}")
+    return values.expand(d_model)
 
 
 class StateSpace(TrainedLayer):
-    """H independent single-input single-output models with N states, stored as n = N/2 pairs.
+    """H independent models with N states, stored as n = N/2 conjugate pairs.
 
-    ``Lambda = -max(exp(log_decay), SLOWEST_DECAY) + i·frequency`` has a negative real part whatever
-    the parameters, and ``dt = exp(log_dt)`` is positive.
+    ``Lambda = -max(decay, SLOWEST_DECAY) + i·frequency`` has a negative real part whatever the
+    parameters; ``decay`` is the exponential of the parameter ``log_decay``, or its softplus.
+    Λ (and what else belongs to A and B) has ``n_ssm`` copies, by default one for each feature;
+    with fewer, H/n_ssm neighbouring features share one. C is the features' own.
     """
 
     dynamics: tuple[str, ...] = (*TrainedLayer.dynamics, "log_decay", "frequency")
 
     def __init__(
-        self, d_model: int, Lambda: Tensor, *, dt_min: float = 1e-3, dt_max: float = 1e-1
+        self,
+        d_model: int,
+        Lambda: Tensor,
+        *,
+        n_ssm: int | None = None,
+        decay: str = "exp",
+        channels: int = 1,
+        bidirectional: bool = False,
+        dt_min: float | Sequence[float] = 1e-3,
+        dt_max: float | Sequence[float] = 1e-1,
     ) -> None:
-        super().__init__(d_model, dt_min=dt_min, dt_max=dt_max)
-        decay = (-Lambda.real).clamp(min=10 * SLOWEST_DECAY)  # some measures start without decay
-        self.log_decay = nn.Parameter(decay.log().float().repeat(d_model, 1))
-        self.frequency = nn.Parameter(Lambda.imag.float().repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, Lambda.shape[0], 2) * math.sqrt(0.5))
+        super().__init__(
+            d_model, channels=channels, bidirectional=bidirectional, dt_min=dt_min, dt_max=dt_max
+        )
+        self.n_ssm = d_model if n_ssm is None else n_ssm
+        if self.n_ssm < 1 or d_model % self.n_ssm:
+            raise ValueError(f"n_ssm must divide d_model, got {n_ssm} for {d_model}")
+        if decay not in _DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(_DECAYS)}; got {decay!r}")
+        self._decay, inverse = _DECAYS[decay]
+        # Some measures start without decay.
+        initial = inverse((-Lambda.real).clamp(min=10 * SLOWEST_DECAY))
+        self.log_decay = nn.Parameter(initial.float().repeat(self.n_ssm, 1))
+        self.frequency = nn.Parameter(Lambda.imag.float().repeat(self.n_ssm, 1))
+        self.C = nn.Parameter(torch.randn(self.rows, Lambda.shape[0], 2) * math.sqrt(0.5))
 
-    def Lambda(self) -> Tensor:
+    def Lambda(self, dtype: torch.dtype | None = None) -> Tensor:
         """The eigenvalues of the normal part, (H, n) complex, Re Λ < 0."""
-        return torch.complex(-self.log_decay.exp().clamp(min=SLOWEST_DECAY), self.frequency)
+        decay = self._decay(self.log_decay.to(dtype or self.log_decay.dtype))
+        Lambda = torch.complex(-decay.clamp(min=SLOWEST_DECAY), self.frequency.to(decay.dtype))
+        return self._shared(Lambda)
 
-    def _double_dynamics(self, rate: float) -> tuple[Tensor, Tensor]:
-        """Λ (H, n) complex128 and rate·Δ (H, 1) float64, for constants that are rounded once."""
-        decay = self.log_decay.detach().double().exp().clamp(min=SLOWEST_DECAY)
-        Lambda = torch.complex(-decay, self.frequency.detach().double())
-        return Lambda, self.dt(rate, torch.float64).detach()[:, None]
+    def _shared(self, copies: Tensor) -> Tensor:
+        """(n_ssm, …) → (H, …)."""
+        return copies.repeat_interleave(self.d_model // self.n_ssm, 0)
+
+    def _output(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The stored C, (H, M, n) complex."""
+        C = torch.view_as_complex(self.C.to(dtype or self.C.dtype))
+        return C.unflatten(0, (self.d_model, -1))
+
+
+_DECAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "exp": (torch.exp, torch.log),
+    "softplus": (F.softplus, lambda decay: decay + torch.log(-torch.expm1(-decay))),
+}
+
+
+def _s4d_spectrum(init: str, N: int) -> Tensor:
+    """Λ (N/2,) of a diagonal initialisation. Source: S4D, Sections 3.2 and 4.3."""
+    if N < 2 or N % 2:
+        raise ValueError(f"d_state must be even and at least 2, got {N}")
+    n = torch.arange(N // 2, dtype=torch.float64)
+    spectra: dict[str, Callable[[], Tensor]] = {
+        "lin": lambda: torch.complex(-0.5 + 0 * n, math.pi * n),
+        "inv": lambda: torch.complex(-0.5 + 0 * n, N / math.pi * (N / (2 * n + 1) - 1)),
+        "legs": lambda: hippo.normal_plus_low_rank("legs", N).Lambda,
+        "real": lambda: torch.complex(-(n + 1), 0 * n),
+    }
+    if init not in spectra:
+        raise ValueError(f"init must be one of {', '.join(spectra)}; got {init!r}")
+    return spectra[init]()
 
 
 class S4D(StateSpace):
-    """Diagonal state space, zero-order hold: Ā = exp(ΔΛ), B̄ = (Ā - 1)/Λ, with B = 1 folded into C.
+    """Diagonal state space, with B = 1 folded into C.
 
-    ``init``: "lin" Λ_n = -1/2 + iπn (S4D-Lin) or "inv" Λ_n = -1/2 + i N/π (N/(2n+1) - 1) (S4D-Inv).
-    Source: S4D, Sections 3.2 and 4.3.
+    ``init``: "lin" Λ_n = -1/2 + iπn (S4D-Lin), "inv" Λ_n = -1/2 + i N/π (N/(2n+1) - 1) (S4D-Inv),
+    "legs" the normal part of HiPPO-LegS (S4D-LegS) or "real" Λ_n = -(n+1), which stays real.
+    ``discretization``: "zoh", Ā = exp(ΔΛ), B̄ = (Ā - 1)/Λ; or "bilinear".
+    Source: S4D (arXiv 2206.11893).
     """
 
     def __init__(
@@ -107,44 +240,72 @@ class S4D(StateSpace):
         d_state: int = 64,
         *,
         init: str = "lin",
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        discretization: str = "zoh",
+        n_ssm: int | None = None,
+        decay: str = "exp",
+        channels: int = 1,
+        bidirectional: bool = False,
+        dt_min: float | Sequence[float] = 1e-3,
+        dt_max: float | Sequence[float] = 1e-1,
     ) -> None:
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"d_state must be even and at least 2, got {d_state}")
-        n = torch.arange(d_state // 2, dtype=torch.float64)
-        frequencies = {
-            "lin": math.pi * n,
-            "inv": d_state / math.pi * (d_state / (2 * n + 1) - 1),
-        }
-        if init not in frequencies:
-            raise ValueError(f"init must be one of {', '.join(frequencies)}; got {init!r}")
-        super().__init__(d_model, -0.5 + 1j * frequencies[init], dt_min=dt_min, dt_max=dt_max)
+        if discretization not in ("zoh", "bilinear"):
+            raise ValueError(f"discretization must be zoh or bilinear; got {discretization!r}")
+        super().__init__(
+            d_model,
+            _s4d_spectrum(init, d_state),
+            n_ssm=n_ssm,
+            decay=decay,
+            channels=channels,
+            bidirectional=bidirectional,
+            dt_min=dt_min,
+            dt_max=dt_max,
+        )
+        self.discretization = discretization
+        self.frequency.requires_grad_(init != "real")
+
+    def _discrete(self, Lambda: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """log Ā and B̄, (H, n) complex."""
+        z = Lambda * dt[:, None]
+        if self.discretization == "zoh":
+            return z, torch.expm1(z) / Lambda
+        return ssm.bilinear_exponent(z), dt[:, None] / (1 - z / 2)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        Lambda = self.Lambda()
-        log_a = Lambda * self.dt(rate)[:, None]
-        c = 2 * torch.view_as_complex(self.C) * torch.expm1(log_a) / Lambda
-        return ssm.vandermonde_kernel(c, log_a, length)
+        log_a, b = self._discrete(self.Lambda(), self.dt(rate))
+        return ssm.vandermonde_kernel(2 * self._output() * b[:, None], log_a, length)
 
     @torch.no_grad()
     def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
-        Lambda, dt = self._double_dynamics(rate)
-        log_a = Lambda * dt
-        C = torch.view_as_complex(self.C.detach().double())
+        self._refuse_future()
+        log_a, b = self._discrete(self.Lambda(torch.float64), self.dt(rate, torch.float64))
         return RecurrentStateSpace(
-            log_a.exp(), torch.expm1(log_a) / Lambda, C, self.D.detach(), dtype=self.D.dtype
+            log_a.exp(), b, self._output(torch.float64), self._double_D(), dtype=self.D.dtype
+        )
+
+    @torch.no_grad()
+    def to_continuous(self, rate: float = 1.0) -> System:
+        self._refuse_future()
+        dt = self.dt(rate, torch.float64)
+        Lambda = self.Lambda(torch.float64) * dt[:, None]
+        ones = dt[:, None].expand_as(Lambda)
+        return System(
+            dense_transition(Lambda, None, None),
+            torch.cat([ones, 0 * ones], -1),
+            to_row(self._output(torch.float64)),
+            self._double_D(),
         )
 
 
 class S4(StateSpace):
     """A HiPPO operator in normal-plus-low-rank form, bilinear rule, Cauchy kernel.
 
-    ``measure`` is a key of ``hippo.MEASURES``; "legs" is the S4 of the paper.
+    ``measure`` is a key of ``hippo.MEASURES``; "legs" is the S4 of the paper. ``train_B=False``
+    keeps the measure's B.
 
-    ``C`` stores C̃ = C (I - Ā^l_max), which spares the kernel a matrix power per training step.
-    Kernels up to ``l_max`` cost O(N + L) memory per feature; longer ones first solve for C.
-    Source: S4, Theorems 1 and 3, Algorithm 1.
+    A ``truncated`` layer stores C̃ = C (I - Ā^l_max), which spares the kernel a matrix power per
+    training step: kernels up to ``l_max`` cost O(N + L) memory per feature, and longer ones first
+    solve for C. Otherwise C itself is stored, for a kernel without end: every length costs
+    O(N³ log L), differentiably. Source: S4, Theorems 1 and 3, Algorithm 1.
     """
 
     dynamics = (*StateSpace.dynamics, "P", "B")
@@ -156,65 +317,107 @@ class S4(StateSpace):
         *,
         measure: str = "legs",
         l_max: int = 1024,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        truncated: bool = True,
+        train_B: bool = True,
+        n_ssm: int | None = None,
+        decay: str = "exp",
+        channels: int = 1,
+        bidirectional: bool = False,
+        dt_min: float | Sequence[float] = 1e-3,
+        dt_max: float | Sequence[float] = 1e-1,
     ) -> None:
         if l_max < 1:
             raise ValueError(f"l_max must be at least 1, got {l_max}")
         nplr = hippo.normal_plus_low_rank(measure, d_state)
-        super().__init__(d_model, nplr.Lambda, dt_min=dt_min, dt_max=dt_max)
-        self.l_max = l_max
-        self.P = nn.Parameter(torch.view_as_real(nplr.P).float().repeat(d_model, 1, 1, 1))
-        self.B = nn.Parameter(torch.view_as_real(nplr.B).float().repeat(d_model, 1, 1))
+        super().__init__(
+            d_model,
+            nplr.Lambda,
+            n_ssm=n_ssm,
+            decay=decay,
+            channels=channels,
+            bidirectional=bidirectional,
+            dt_min=dt_min,
+            dt_max=dt_max,
+        )
+        self.l_max, self.truncated = l_max, truncated
+        P, B = (torch.view_as_real(t).float() for t in (nplr.P, nplr.B))
+        self.P = nn.Parameter(P.repeat(self.n_ssm, 1, 1, 1))
+        self.B = nn.Parameter(B.repeat(self.n_ssm, 1, 1), requires_grad=train_B)
+
+    def _low_rank(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """P (H, rank, n) and B (H, n), complex."""
+        P, B = (torch.view_as_complex(t.to(dtype or t.dtype)) for t in (self.P, self.B))
+        return self._shared(P), self._shared(B)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        P, B, C = (torch.view_as_complex(t) for t in (self.P, self.B, self.C))
-        span = self.l_max
-        if length > span or rate != 1:
-            C, span = self._truncated(length, rate).to(C.dtype), max(1, length)
-        return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)[:, :length]
+        C, span = self._output(), self.l_max
+        if not self.truncated:
+            C, span = self._cut(self._output(torch.float64), length, rate).to(C.dtype), length
+        elif length > span or rate != 1:
+            with torch.no_grad():
+                C = self._cut(self._solve_output(), length, rate).to(C.dtype)
+            span = length
+        P, B = self._low_rank()
+        return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)[..., :length]
 
-    @torch.no_grad()
-    def _truncated(self, length: int, rate: float) -> Tensor:
-        """C̃ for another length and rate: C (I - Ā^length), in float64; no gradient."""
-        C = to_row(self._solve_output())
-        a, _, p, q = self._discrete(rate)
-        power = torch.linalg.matrix_power(dense_transition(a, p, q), length)
-        return from_row(C - (C[:, None] @ power)[:, 0])
+    def _kept_length(self, length: int) -> int:
+        return self.l_max if length <= self.l_max else super()._kept_length(length)
 
-    def _discrete(self, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ā = diag(a) - p qᵀ and B̄ = b under the bilinear rule, (H, n) complex128.
+    def _cut(self, C: Tensor, length: int, rate: float) -> Tensor:
+        """C (H, M, n) → C̃ = C (I - Ā^length) at a rate, in float64."""
+        power = torch.linalg.matrix_power(self._transition(rate), length)
+        row = to_row(C)
+        return from_row(row - row @ power)
 
-        With h = Δ/2, (I - hA)⁻¹ = E - E P (I/h + Pᴴ E P)⁻¹ Pᴴ E for E = (I - hΛ)⁻¹ (Woodbury), so
-        Ā = 2 (I - hA)⁻¹ - I stays diagonal minus low rank: p, q (H, rank, n).
-        Source: S4, Appendix C.2.
-        """
-        Lambda, dt = self._double_dynamics(rate)
-        P, B = (torch.view_as_complex(t.detach().double()) for t in (self.P, self.B))
-        h = dt / 2
-        E = 1 / (1 - h * Lambda)
-        EP, PE = E[:, None] * P, P.conj() * E[:, None]  # (H, rank, n)
-        # Sums over n run over both members of a pair, hence twice the real part.
-        PEP = 2 * (PE @ P.mT).real  # (H, rank, rank)
-        eye = torch.eye(P.shape[1], dtype=PEP.dtype, device=PEP.device)
-        p = (torch.linalg.inv(eye / h[..., None] + PEP).mT.to(EP.dtype) @ EP) * 2
-        PEB = 2 * (PE @ B[..., None]).real  # (H, rank, 1)
-        return 2 * E - 1, h * (2 * E * B - (p * PEB).sum(1)), p, PE
+    def _form(self, rate: float) -> ssm.BilinearForm:
+        """The discrete system in float64."""
+        P, B = self._low_rank(torch.float64)
+        return ssm.bilinear_normal_plus_low_rank(
+            self.Lambda(torch.float64), P, B, self.dt(rate, torch.float64)
+        )
+
+    def _transition(self, rate: float) -> Tensor:
+        """Ā on [Re x; Im x], (H, N, N) float64."""
+        form = self._form(rate)
+        return dense_transition(form.log_a.exp(), form.p, form.q)
 
     def _solve_output(self) -> Tensor:
-        """C from C̃ = C (I - Ā^l_max) at the trained rate, (H, n) complex128."""
-        a, _, p, q = self._discrete(1.0)
-        A = dense_transition(a, p, q)
+        """C itself, (H, M, n) complex128; of a truncated layer from C̃ = C (I - Ā^l_max)."""
+        C = self._output(torch.float64)
+        if not self.truncated:
+            return C
+        return from_row(torch.linalg.solve(self._truncation(), to_row(C), left=False))
+
+    def _truncation(self) -> Tensor:
+        """I - Ā^l_max at the trained rate, (H, N, N) float64."""
+        A = self._transition(1.0)
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        lhs = (eye - torch.linalg.matrix_power(A, self.l_max)).mT
-        C_tilde = torch.view_as_complex(self.C.detach().double())
-        return from_row(torch.linalg.solve(lhs, to_row(C_tilde)))
+        return eye - torch.linalg.matrix_power(A, self.l_max)
+
+    @torch.no_grad()
+    def condition(self) -> float:
+        """The largest condition number of the equation that ``to_recurrent`` solves for C."""
+        return float(torch.linalg.cond(self._truncation()).max()) if self.truncated else 1.0
 
     @torch.no_grad()
     def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
-        a, b, p, q = self._discrete(rate)
-        c = self._solve_output()
-        return RecurrentStateSpace(a, b, c, self.D.detach(), p, q, dtype=self.D.dtype)
+        self._refuse_future()
+        form, C, D = self._form(rate), self._solve_output(), self._double_D()
+        a = form.log_a.exp()
+        return RecurrentStateSpace(a, form.b, C, D, form.p, form.q, dtype=self.D.dtype)
+
+    @torch.no_grad()
+    def to_continuous(self, rate: float = 1.0) -> System:
+        self._refuse_future()
+        dt = self.dt(rate, torch.float64)
+        P, B = self._low_rank(torch.float64)
+        A = dense_transition(self.Lambda(torch.float64), P, P.conj())
+        return System(
+            A * dt[:, None, None],
+            torch.cat([B.real, B.imag], -1) * dt[:, None],
+            to_row(self._solve_output()),
+            self._double_D(),
+        )
 
 
 class LSSL(TrainedLayer):
@@ -226,50 +429,97 @@ class LSSL(TrainedLayer):
     Source: LSSL (arXiv 2110.13985), Section 3 and Definition 1.
     """
 
+    dynamics = (*TrainedLayer.dynamics, "W", "P")
+
     def __init__(
         self,
         d_model: int,
         d_state: int = 64,
         *,
         train_A: bool = False,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        channels: int = 1,
+        bidirectional: bool = False,
+        dt_min: float | Sequence[float] = 1e-3,
+        dt_max: float | Sequence[float] = 1e-1,
     ) -> None:
-        super().__init__(d_model, dt_min=dt_min, dt_max=dt_max)
+        super().__init__(
+            d_model, channels=channels, bidirectional=bidirectional, dt_min=dt_min, dt_max=dt_max
+        )
         A, B = hippo.legs(d_state)
         self.register_buffer("B", B.float())
         P = (B * math.sqrt(0.5))[None]
         skew = A + P.mT @ P + 0.5 * torch.eye(d_state, dtype=A.dtype)
         self.W = nn.Parameter((skew / 2).float(), requires_grad=train_A)
         self.P = nn.Parameter(P.float(), requires_grad=train_A)
-        self.dynamics = (*TrainedLayer.dynamics, "W", "P")
-        self.C = nn.Parameter(torch.randn(d_model, d_state))
+        self.C = nn.Parameter(torch.randn(self.rows, d_state))
 
-    def A(self) -> Tensor:
+    def A(self, dtype: torch.dtype | None = None) -> Tensor:
         """The continuous operator, (N, N)."""
-        eye = torch.eye(self.W.shape[0], dtype=self.W.dtype, device=self.W.device)
-        return self.W - self.W.mT - self.P.mT @ self.P - eye / 2
+        W, P = (t.to(dtype or t.dtype) for t in (self.W, self.P))
+        return W - W.mT - P.mT @ P - torch.eye(W.shape[0], dtype=W.dtype, device=W.device) / 2
 
-    def _discrete(self, A: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        B = self.get_buffer("B").to(A.dtype)
-        return ssm.discretize(A, B, self.dt(rate, A.dtype), "bilinear")
+    def _discrete(self, rate: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        B = self.get_buffer("B").to(dtype)
+        return ssm.discretize(self.A(dtype), B, self.dt(rate, dtype), "bilinear")
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        A_bar, B_bar = self._discrete(self.A(), rate)
-        return (self.C[:, None] @ ssm.krylov_products(A_bar, B_bar, length))[:, 0]
+        A_bar, B_bar = self._discrete(rate, self.W.dtype)
+        powers = ssm.repeated_squares(A_bar, length)
+        C = self.C.unflatten(0, (self.d_model, -1))
+        return C @ ssm.krylov_products(powers, B_bar, length)
 
     @torch.no_grad()
     def to_recurrent(self, rate: float = 1.0) -> DenseRecurrence:
-        A_bar, B_bar = self._discrete(self.A().double(), rate)
-        return DenseRecurrence(A_bar, B_bar, self.C.double(), self.D.double(), dtype=self.D.dtype)
+        self._refuse_future()
+        A_bar, B_bar = self._discrete(rate, torch.float64)
+        C = self.C.double().unflatten(0, (self.d_model, -1))
+        return DenseRecurrence(A_bar, B_bar, C, self._double_D(), dtype=self.D.dtype)
+
+    @torch.no_grad()
+    def to_continuous(self, rate: float = 1.0) -> System:
+        self._refuse_future()
+        dt = self.dt(rate, torch.float64)
+        return System(
+            self.A(torch.float64) * dt[:, None, None],
+            self.get_buffer("B").double() * dt[:, None],
+            self.C.double().unflatten(0, (self.d_model, -1)),
+            self._double_D(),
+        )
 
 
-LAYERS: dict[str, Callable[..., TrainedLayer]] = {
-    "lssl": lambda d_model, d_state, l_max, **dt: LSSL(d_model, d_state, **dt),
-    "s4-fourier": lambda d_model, d_state, l_max, **dt: S4(
-        d_model, d_state, measure="fourier", l_max=l_max, **dt
-    ),
-    "s4": lambda d_model, d_state, l_max, **dt: S4(d_model, d_state, l_max=l_max, **dt),
-    "s4d": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="lin", **dt),
-    "s4d-inv": lambda d_model, d_state, l_max, **dt: S4D(d_model, d_state, init="inv", **dt),
+# A kind of layer: its class and what of it is fixed.
+LAYERS: dict[str, tuple[type[LSSL | S4 | S4D], dict[str, Any]]] = {
+    "lssl": (LSSL, {}),
+    "s4": (S4, {"measure": "legs"}),
+    "s4-legt": (S4, {"measure": "legt"}),
+    "s4-lagt": (S4, {"measure": "lagt"}),
+    "s4-fourier": (S4, {"measure": "fourier"}),
+    "s4d": (S4D, {"init": "lin"}),
+    "s4d-inv": (S4D, {"init": "inv"}),
+    "s4d-legs": (S4D, {"init": "legs"}),
+    "s4d-real": (S4D, {"init": "real"}),
 }
+
+
+def build_layer(
+    kind: str, d_model: int, d_state: int, l_max: int, **settings: Any
+) -> LSSL | S4 | S4D:
+    """A layer by the name of its kind. ``settings`` are those of its class, checked by name.
+
+    Only S4 is parametrised for a length ``l_max``; the others leave it unused.
+    """
+    if kind not in LAYERS:
+        raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {kind!r}")
+    layer, fixed = LAYERS[kind]
+    known = {*inspect.signature(layer).parameters} - {"d_model", "d_state", "l_max", *fixed}
+    if unknown := settings.keys() - known:
+        raise ValueError(
+            f"a layer {kind!r} has no setting {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+    kinds = get_type_hints(layer.__init__)
+    for name, value in settings.items():
+        check_type(name, value, kinds[name])
+    if layer is S4:
+        settings["l_max"] = l_max
+    return layer(d_model, d_state, **fixed, **settings)

@@ -1,13 +1,13 @@
 """The sequence model: blocks and pools of state space layers between an embedding and a head.
 
-Trained by convolution (``SequenceModel``), sampled by recurrence (``to_recurrent``): the same map.
+Trained by convolution (``SequenceModel``), sampled by recurrence (``RecurrentModel``): one map.
 Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack, delayed by one group.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from genssm.layers import LAYERS, TrainedLayer
+from genssm.layers import LAYERS, TrainedLayer, build_layer
 from genssm.recurrence import Recurrence
 from genssm.settings import check_types
 
@@ -35,6 +35,7 @@ class ModelConfig:
     n_layers: tuple[int, ...] = (6,)  # blocks of each level, after its pool
     pools: tuple[int, ...] = ()  # stride from each level to the next
     layer: str = "s4d"  # a key of LAYERS
+    layer_settings: dict[str, Any] = field(default_factory=dict)  # further ones of its class
     d_state: int = 32  # N, complex pairs counted twice
     l_max: int = 1024  # training length in tokens (the kernel length S4 is parametrised for)
     dt_min: float = 1e-3  # range of the initial Δ, in steps of the layer's own level
@@ -72,6 +73,11 @@ class ModelConfig:
         broken = [rule for holds, rule in rules if not holds]
         if broken:
             raise ValueError(f"the model config must satisfy: {'; '.join(broken)}; got {self}")
+        if reserved := self.layer_settings.keys() & {"dt_min", "dt_max", "bidirectional"}:
+            raise ValueError(
+                f"layer_settings must not hold {', '.join(sorted(reserved))}: the model sets "
+                "dt_min and dt_max, and an autoregressive model reads no future"
+            )
 
     @property
     def period(self) -> int:
@@ -102,9 +108,9 @@ class Linear(nn.Linear):
 class Mixer(nn.Module):
     """What follows the state space layer, position by position: gated linear, then feed-forward."""
 
-    def __init__(self, d_model: int, expand: int, dropout: float) -> None:
+    def __init__(self, d_model: int, channels: int, expand: int, dropout: float) -> None:
         super().__init__()
-        self.gate = Linear(d_model, 2 * d_model)
+        self.gate = Linear(channels * d_model, 2 * d_model)
         self.norm = nn.LayerNorm(d_model)
         self.up = Linear(d_model, expand * d_model)
         self.down = Linear(expand * d_model, d_model)
@@ -113,7 +119,7 @@ class Mixer(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual x and layer output y, both (…, H) → (…, H)."""
+        """Residual x (…, H) and layer output y (…, H·M) → (…, H)."""
         x = x + self.dropout(F.glu(self.gate(F.silu(y)), -1))
         return x + self.dropout(self.down(F.silu(self.up(self.norm(x)))))
 
@@ -125,7 +131,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.ssm = ssm
-        self.mixer = Mixer(d_model, expand, dropout)
+        self.mixer = Mixer(d_model, ssm.channels, expand, dropout)
 
     def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         return self.mixer(u, self.ssm(self.norm(u), rate))
@@ -148,6 +154,8 @@ class Pool(nn.Module):
         """u (B, L, H) of any length; a group counts once it is complete."""
         length = u.shape[1]
         full = length - length % self.stride
+        if not full:
+            return u
         grouped = rearrange(u[:, :full], "b (g s) h -> b g (s h)", s=self.stride)
         z = self.up(self.inner(self.down(grouped), rate))
         z = rearrange(z, "b g (s h) -> b (g s) h", s=self.stride)
@@ -182,12 +190,14 @@ def build_stack(config: ModelConfig, level: int = 0) -> Stack:
         inner = build_stack(config, level + 1)
         layers.append(Pool(d_model, config.d_model[level + 1], config.pools[level], inner))
     for _ in range(config.n_layers[level]):
-        ssm = LAYERS[config.layer](
+        ssm = build_layer(
+            config.layer,
             d_model,
             config.d_state,
             max(1, config.l_max // stride),
             dt_min=config.dt_min,
             dt_max=config.dt_max,
+            **config.layer_settings,
         )
         layers.append(Block(ssm, d_model, config.expand, config.dropout))
     return Stack(layers)
@@ -431,7 +441,9 @@ class SequenceModel(nn.Module):
         _check_tokens(tokens, self.config)
         window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
         x, prediction = self.inputs(window, 0)
-        return self.norm(self.stack(x, rate)), prediction
+        if tokens.shape[1]:  # a layer needs a position; nothing has no features, only a shape
+            x = self.stack(x, rate)
+        return self.norm(x), prediction
 
     def forward(self, tokens: Tensor, rate: float = 1.0) -> Tensor:
         """tokens (B, L) → logits (B, L, V); ``rate`` scales Δ in every layer."""
@@ -639,11 +651,3 @@ class RecurrentModel(nn.Module):
             self.head.logits(self.norm(x), prediction),
             State(state.position + 1, window[:, 1:], layers),
         )
-
-
-def to_recurrent(model: SequenceModel, rate: float = 1.0) -> RecurrentModel:
-    """Convert a trained model to the recurrence with the same logits; weights are copied.
-
-    ``rate`` scales Δ in every layer: 0.5 makes a model of 8 kHz sound run at 16 kHz.
-    """
-    return RecurrentModel(model, rate).eval()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from genssm import checkpoint as checkpoints
 from genssm.codec import Audio, Codec, Image, Raw
+from genssm.conversion import to_recurrent
 from genssm.data import Example
 from genssm.engine import Generation
 from genssm.evaluate import Evaluation, evaluate, token_bits
-from genssm.model import RecurrentModel, SequenceModel, to_recurrent
+from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import SamplingConfig, new_seed
 
 # Settings that make good samples; the likelihood itself is at temperature 1 without filters.

@@ -1,12 +1,14 @@
 """Linear state space models as pure functions: discretisation, convolution kernels, convolution.
 
 x' = Ax + Bu, y = Cx + Du becomes x_k = Ā x_{k-1} + B̄ u_k, y_k = C x_k + D u_k, which is the causal
-convolution of u with K_k = C Ā^k B̄.  Here H is the number of independent models (features), N the
-state size, n = N/2 the number of conjugate pairs kept, L the length.
+convolution of u with K_k = C Ā^k B̄.  Here H is the number of independent models (features), M the
+number of outputs of each, N the state size, n = N/2 the number of conjugate pairs kept, L the
+length.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +50,17 @@ DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tens
 
 
 def discretize(
-    A: Tensor, B: Tensor, dt: float | Tensor, method: str = "bilinear"
+    A: Tensor, B: Tensor, dt: float | Tensor, method: str | float = "bilinear"
 ) -> tuple[Tensor, Tensor]:
     """Dense discretisation: ``A (…, N, N)``, ``B (…, N)``, ``dt (…)`` → ``(Ā, B̄)`` of those shapes.
 
-    Source: LSSL (arXiv 2110.13985), Section 2; the layers below use closed forms of the same rules.
+    ``method`` is a key of ``DISCRETIZATIONS``, or the α of the generalised bilinear rule.
+    Source: LSSL (arXiv 2110.13985), Section 2; the layers use closed forms of the same rules.
     """
-    if method not in DISCRETIZATIONS:
-        raise ValueError(f"method must be one of {', '.join(DISCRETIZATIONS)}; got {method!r}")
+    if isinstance(method, str) and method not in DISCRETIZATIONS:
+        raise ValueError(
+            f"method must be one of {', '.join(DISCRETIZATIONS)}, or a number; got {method!r}"
+        )
     if A.dim() < 2 or A.shape[-1] != A.shape[-2] or B.shape[-1:] != A.shape[-1:]:
         raise ValueError(
             f"A must be (…, N, N) and B (…, N); got {tuple(A.shape)} and {tuple(B.shape)}"
@@ -65,7 +70,48 @@ def discretize(
         raise ValueError(f"the interval dt must be positive, got {float(interval.min())}")
     lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], interval.shape)
     N = A.shape[-1]
-    return DISCRETIZATIONS[method](A.expand(*lead, N, N), B.expand(*lead, N), interval.expand(lead))
+    A, B, interval = A.expand(*lead, N, N), B.expand(*lead, N), interval.expand(lead)
+    if isinstance(method, str):
+        return DISCRETIZATIONS[method](A, B, interval)
+    return generalized_bilinear(A, B, interval, method)
+
+
+def simulate(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    u: Tensor,
+    times: Tensor,
+    method: str | float = "zoh",
+) -> Tensor:
+    """The continuous view: x' = Ax + Bu, y = Cx + Du on any increasing grid of times.
+
+    The state is zero at time 0, and ``u[…, k]`` acts from the time before up to ``times[k]``, so
+    that "zoh" is exact for an input that is constant in between. ``A (…, N, N)``, ``B (…, N)``,
+    ``C (…, M, N)``, ``D (…, M)``, ``u (…, L)``, ``times (L,)`` → ``y (…, M, L)``, with the
+    leading dimensions broadcast. O(N² L) after one discretisation per distinct interval.
+    """
+    if times.shape != u.shape[-1:] or u.is_complex():
+        raise ValueError(
+            f"u must be real (…, L) and times (L,); got {tuple(u.shape)} and {tuple(times.shape)}"
+        )
+    intervals = torch.diff(times, prepend=times.new_zeros(1))
+    if not bool((intervals > 0).all()):
+        raise ValueError("times must increase, beginning above 0")
+    distinct, index = intervals.unique(return_inverse=True)
+    rules = [discretize(A, B, dt, method) for dt in distinct]
+    x, ys = u.new_zeros(*torch.broadcast_shapes(u.shape[:-1], B.shape[:-1]), A.shape[-1]), []
+    for k, i in enumerate(index.tolist()):
+        A_bar, B_bar = rules[i]
+        x = (A_bar @ x[..., None])[..., 0] + B_bar * u[..., k, None]
+        ys.append((C @ x[..., None])[..., 0] + D * u[..., k, None])
+    return torch.stack(ys, -1)
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise ValueError(f"the length of a kernel must be at least 1, got {length}")
 
 
 def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
@@ -73,88 +119,132 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
 
     ``A_bar (…, N, N)``, ``B_bar (…, N)``, ``C (…, N)`` → ``(…, length)``.
     """
+    _check_length(length)
     x, kernel = B_bar, []
     for _ in range(length):
         kernel.append((C * x).sum(-1))
         x = (A_bar @ x[..., None])[..., 0]
-    return torch.stack(kernel, -1) if kernel else B_bar.new_zeros(*B_bar.shape[:-1], 0)
+    return torch.stack(kernel, -1)
 
 
-def krylov_products(A_bar: Tensor, B_bar: Tensor, length: int) -> Tensor:
-    """Āᵏ B̄ for k < length by doubling: ``(…, N, N)``, ``(…, N)`` → ``(…, N, length)``.
+def repeated_squares(A: Tensor, length: int) -> list[Tensor]:
+    """A, A², A⁴, …, A^(2^j) with 2^j >= length: all that ``krylov_products`` needs."""
+    _check_length(length)
+    powers = [A]
+    while 1 << (len(powers) - 1) < length:
+        powers.append(powers[-1] @ powers[-1])
+    return powers
 
-    O(N³ log L + N² L) time and O(N L) memory. Source: LSSL (arXiv 2110.13985), Section 3.2.
+
+def krylov_products(powers: list[Tensor], b: Tensor, length: int) -> Tensor:
+    """Aᵏ b for k < length by doubling, from the ``repeated_squares`` (…, N, N) of A.
+
+    ``b (…, N)`` → ``(…, N, length)``. With the squares O(N³ log L + N² L) time and O(N L) memory.
+    Source: LSSL (arXiv 2110.13985), Section 3.2.
     """
-    products, power = B_bar[..., None], A_bar
-    while products.shape[-1] < length:
-        products = torch.cat([products, power @ products], -1)
-        power = power @ power
+    products = b[..., None]
+    for power in powers:
+        if products.shape[-1] < length:
+            products = torch.cat([products, power @ products], -1)
     return products[..., :length]
 
 
 def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
-    """K_k = Re Σ_n c_n exp(k log_a_n) for k < length: the kernel of a diagonal model.
+    """K_k = Re Σ_n c_n exp(k log_a_n) for k < length: the kernels of a diagonal model.
 
-    ``c, log_a (H, n)`` complex → ``(H, length)`` real. With k = factor·j + i the Vandermonde matrix
-    is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the (H, n, L) tensor is never
-    made: one batched product of two small real matrices, with O(n √L) exponentials per feature.
+    ``c (H, M, n)`` and ``log_a (H, n)`` complex → ``(H, M, length)`` real. With k = factor·j + i
+    the Vandermonde matrix is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the
+    (H, n, L) tensor is never made: one batched product of two small real matrices, with O(n √L)
+    exponentials per feature.
     """
-    factor = 1 << max(0, round(math.log2(max(1, length)) / 2))
+    _check_length(length)
+    factor = 1 << max(0, round(math.log2(length * c.shape[1]) / 2))
     rows = -(-length // factor)
     fine = torch.arange(factor, device=c.device, dtype=c.real.dtype)
     coarse = factor * torch.arange(rows, device=c.device, dtype=c.real.dtype)
-    left = c[:, None] * torch.exp(log_a[:, None] * coarse[:, None])  # (H, rows, n)
+    left = c[:, :, None] * torch.exp(log_a[:, None] * coarse[:, None])[:, None]  # (H, M, rows, n)
     right = torch.exp(log_a[:, None] * fine[:, None])  # (H, factor, n)
-    left = torch.cat([left.real, -left.imag], -1)
+    left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
     right = torch.cat([right.real, right.imag], -1)
-    return (left @ right.mT).flatten(-2)[:, :length]
+    return (left @ right.mT).view(len(c), c.shape[1], -1)[..., :length]
+
+
+def bilinear_exponent(z: Tensor) -> Tensor:
+    """log((1 + z/2) / (1 - z/2)), the exponent of a mode's Ā under the bilinear rule, z = ΔΛ.
+
+    Complex, Re z <= 0; of full relative precision for small z, where the quotient is near 1.
+    """
+    w = z / 2
+    far = (1 - w.real) ** 2 + w.imag**2
+    growth = 0.5 * torch.log1p(4 * w.real / far)
+    return torch.complex(growth, torch.atan2(2 * w.imag, 1 - w.real**2 - w.imag**2))
+
+
+class BilinearForm(NamedTuple):
+    """Ā = diag(exp(log_a)) - Σ_r p_r q_rᵀ and B̄ = b; one of each conjugate pair.
+
+    Complex: ``log_a, b (H, n)`` and ``p, q (H, rank, n)``. Products with q run over both members.
+    """
+
+    log_a: Tensor
+    b: Tensor
+    p: Tensor
+    q: Tensor
+
+
+def bilinear_normal_plus_low_rank(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> BilinearForm:
+    """The bilinear rule for x' = (Λ - Σ_r P_r P_rᴴ) x + B u keeps "diagonal minus low rank".
+
+    With h = Δ/2, (I - hA)⁻¹ = E - E P (I/h + Pᴴ E P)⁻¹ Pᴴ E for E = (I - hΛ)⁻¹ (Woodbury), and
+    Ā = 2 (I - hA)⁻¹ - I. ``Lambda, B (H, n)``, ``P (H, rank, n)`` complex, ``dt (H,)`` real.
+    Source: S4 (arXiv 2111.00396), Appendix C.2.
+    """
+    h = dt[:, None] / 2
+    E = 1 / (1 - h * Lambda)
+    EP, PE = E[:, None] * P, P.conj() * E[:, None]  # (H, rank, n)
+    # Sums over n run over both members of a pair, hence twice the real part.
+    PEP = 2 * (PE @ P.mT).real  # (H, rank, rank)
+    eye = torch.eye(P.shape[1], dtype=PEP.dtype, device=PEP.device)
+    p = (torch.linalg.inv(eye / h[..., None] + PEP).mT.to(EP.dtype) @ EP) * 2
+    PEB = 2 * (PE @ B[..., None]).real  # (H, rank, 1)
+    b = h * (2 * E * B - (p * PEB).sum(1))
+    return BilinearForm(bilinear_exponent(2 * h * Lambda), b, p, PE)
 
 
 def cauchy_kernel(
     C_tilde: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor, length: int
 ) -> Tensor:
-    """The kernel of x' = (Λ - Σ_r P_r P_rᴴ) x + B u under the bilinear rule, for k < length.
+    """The kernels of x' = (Λ - Σ_r P_r P_rᴴ) x + B u under the bilinear rule, for k < length.
 
-    ``C_tilde, Lambda, B (H, n)`` and ``P (H, rank, n)`` complex, one of each conjugate pair;
-    ``dt (H,)``; → ``(H, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the generating
-    function exact on the roots of unity z, where Woodbury reduces it to Cauchy products.
-    Source: S4, Algorithm 1.
+    ``C_tilde (H, M, n)``, ``Lambda, B (H, n)`` and ``P (H, rank, n)`` complex, one of each
+    conjugate pair; ``dt (H,)``; → ``(H, M, length)`` real. ``C_tilde = C (I - Ā^length)`` makes the
+    generating function exact on the roots of unity z, where Woodbury reduces it to Cauchy sums
+    Σ_n v_n / (1 - z a_n), a the diagonal of Ā. Source: S4 (arXiv 2111.00396), Algorithm 1.
 
-    Departure from the paper: numerator and denominator are multiplied by (1 + z), which leaves no
-    singular node at z = -1, and both members of a pair share one division.
+    Departure from the paper: on the roots of unity such a sum is the discrete Fourier transform
+    of Σ_n v_n a_nᵏ / (1 - a_n^length), a Vandermonde kernel. All (M + rank)(1 + rank) sums come
+    from one factored product and one FFT: O(n √L + L log L) memory, never (H, n, L).
     """
-    real, rank = C_tilde.real.dtype, P.shape[1]
-    z = torch.exp(
-        -2j
-        * math.pi
-        * torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device)
-        / length
-    )
-    alpha = (2 / dt)[:, None] * (1 - z).to(C_tilde.dtype)  # (H, F)
-    beta = (1 + z).to(C_tilde.dtype)  # (F,)
-    denominator = (
-        (alpha * alpha)[:, None]
-        - 2 * Lambda.real[..., None] * (alpha * beta)[:, None]
-        + (Lambda.abs() ** 2)[..., None] * (beta * beta)
-    )  # (H, n, F)
-    inverse = torch.view_as_real(denominator.reciprocal()).flatten(-2)  # (H, n, 2F)
-    rows = torch.cat([C_tilde[:, None], P.conj()], 1)  # (H, 1 + rank, n)
-    columns = torch.cat([B[:, None], P], 1)
+    _check_length(length)
+    form = bilinear_normal_plus_low_rank(Lambda, P, B, dt)
+    M, rank = C_tilde.shape[1], P.shape[1]
+    rows = torch.cat([C_tilde, form.q], 1)  # (H, M + rank, n)
+    columns = torch.cat([form.b[:, None], form.p], 1)  # (H, 1 + rank, n)
+    wrapped = -2 / torch.expm1(length * form.log_a)  # both members of a pair, hence 2
     v = rearrange(rows[:, :, None] * columns[:, None], "h i j n -> h (i j) n")
-    weights = torch.cat([v.real, (v * Lambda.conj()[:, None]).real], 1)
-    sums = torch.view_as_complex((weights @ inverse).unflatten(-1, (-1, 2)))
-    straight, shifted = sums.chunk(2, 1)  # (H, (1 + rank)², F)
-    s = 4 * (alpha[:, None] * straight - beta * shifted)
-    s = rearrange(s, "h (i j) f -> h f i j", i=1 + rank)
+    sums = torch.fft.rfft(vandermonde_kernel(v * wrapped[:, None], form.log_a, length))
+    s = rearrange(sums, "h (i j) f -> h i j f", i=M + rank)
+    roots = torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device)
+    z = torch.exp(-2j * math.pi / length * roots).to(s.dtype)
+    inner, right = z * s[:, M:, 1:], s[:, M:, 0]  # (H, rank, rank, F), (H, rank, F)
     if rank == 1:
-        correction = s[..., 1:, 0] / (2 + beta[:, None] * s[..., 1, 1:])
+        correction = right / (1 + inner[:, 0])
     else:
         eye = torch.eye(rank, dtype=s.dtype, device=s.device)
-        correction = torch.linalg.solve(
-            2 * eye + beta[:, None, None] * s[..., 1:, 1:], s[..., 1:, 0]
-        )
-    spectrum = s[..., 0, 0] - beta * (s[..., 0, 1:] * correction).sum(-1)
-    return torch.fft.irfft(spectrum, n=length).to(real)
+        lhs, rhs = (rearrange(t, "h ... f -> h f ...") for t in (inner, right))
+        correction = torch.linalg.solve(eye + lhs, rhs).mT
+    spectrum = s[:, :M, 0] - z * (s[:, :M, 1:] * correction[:, None]).sum(2)
+    return torch.fft.irfft(spectrum, n=length)
 
 
 class _FFTConvolution(torch.autograd.Function):
@@ -164,26 +254,29 @@ class _FFTConvolution(torch.autograd.Function):
     def forward(ctx, u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
         L = u.shape[-1]
         u_f = torch.fft.rfft(u, n=2 * L)
-        k_f = torch.fft.rfft(kernel, n=2 * L) + D[:, None]
+        k_f = torch.fft.rfft(kernel, n=2 * L) + D[..., None]
         ctx.save_for_backward(u_f, k_f)
-        return torch.fft.irfft(u_f * k_f, n=2 * L)[..., :L]
+        return torch.fft.irfft(u_f[:, :, None] * k_f, n=2 * L)[..., :L].flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         u_f, k_f = ctx.saved_tensors
         L = dy.shape[-1]
-        dy_f = torch.fft.rfft(dy, n=2 * L)
-        dkernel = torch.fft.irfft((dy_f * u_f.conj()).sum(0), n=2 * L)[..., :L]
-        du = torch.fft.irfft(dy_f.mul_(k_f.conj()), n=2 * L)[..., :L]
-        return du, dkernel, dkernel[:, 0]
+        dy_f = torch.fft.rfft(dy, n=2 * L).unflatten(1, k_f.shape[:2])  # (B, H, M, F)
+        dkernel = torch.fft.irfft((dy_f * u_f.conj()[:, :, None]).sum(0), n=2 * L)[..., :L]
+        du = torch.fft.irfft(dy_f.mul_(k_f.conj()).sum(2), n=2 * L)[..., :L]
+        return du, dkernel, dkernel[..., 0]
 
 
 def fft_convolution(u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
     """Causal convolution plus the direct term: y_t = Σ_k K_k u_{t-k} + D u_t.
 
-    ``u (B, H, L)``, ``kernel (H, L)``, ``D (H,)`` real, one dtype → ``(B, H, L)``.
+    ``u (B, H, L)``, ``kernel (H, M, L)``, ``D (H, M)`` real, one dtype → ``(B, H·M, L)``.
     """
-    if u.shape[-1] == 0:
-        return u
+    if u.is_complex() or u.dim() != 3 or kernel.shape != (*D.shape, u.shape[-1]):
+        raise ValueError(
+            "u (B, H, L), kernel (H, M, L) and D (H, M) must fit and be real; got "
+            f"{tuple(u.shape)}, {tuple(kernel.shape)}, {tuple(D.shape)}, {u.dtype}"
+        )
     return _FFTConvolution.apply(u, kernel, D)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from genssm import engine
+from genssm.conversion import to_recurrent
 from genssm.engine import Generation, read
-from genssm.model import SequenceModel, to_recurrent
+from genssm.model import SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 
 MakeModel = Callable[..., SequenceModel]

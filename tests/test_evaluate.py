@@ -13,9 +13,10 @@ from torch import Tensor
 from genssm import evaluate as evaluation
 from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Text
+from genssm.conversion import to_recurrent
 from genssm.data import Example
 from genssm.evaluate import evaluate, token_bits
-from genssm.model import Logistics, SequenceModel, Softmax, to_recurrent
+from genssm.model import Logistics, SequenceModel, Softmax
 
 Near = Callable[[Tensor, Tensor, float], None]
 MakeModel = Callable[..., SequenceModel]

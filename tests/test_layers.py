@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from genssm import hippo
-from genssm.layers import LAYERS, LSSL, S4, S4D, StateSpace, TrainedLayer
+from genssm import hippo, ssm
+from genssm.layers import LAYERS, LSSL, S4, S4D, StateSpace, TrainedLayer, build_layer
 from genssm.recurrence import Recurrence
 
 Near = Callable[[Tensor, Tensor, float], None]
@@ -21,7 +22,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, H: int = 4, N: int = 8) -> TrainedLayer:
-    return LAYERS[name](H, N, L_MAX, dt_min=1e-3, dt_max=1e-1).to(dtype)
+    return build_layer(name, H, N, L_MAX, dt_min=1e-3, dt_max=1e-1).to(dtype)
 
 
 def by_steps(layer: Recurrence, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,18 +200,28 @@ def test_s4d_discretises_by_zero_order_hold_as_scipy_does(init: str, by_scipy: R
     [
         ("lin", [math.pi * n for n in range(4)]),
         ("inv", [8 / math.pi * (8 / (2 * n + 1) - 1) for n in range(4)]),
+        ("legs", hippo.normal_plus_low_rank("legs", 8).Lambda.imag.tolist()),
     ],
 )
-def test_s4d_starts_at_the_published_eigenvalues(init: str, frequencies: list[float]):
-    Lambda = S4D(2, 8, init=init).Lambda().detach()
+@pytest.mark.parametrize("decay", ["exp", "softplus"])
+def test_s4d_starts_at_the_published_eigenvalues(init: str, frequencies: list[float], decay: str):
+    Lambda = S4D(2, 8, init=init, decay=decay).Lambda().detach()
     for h in range(2):
         torch.testing.assert_close(Lambda[h].real, torch.full((4,), -0.5))
         torch.testing.assert_close(Lambda[h].imag, torch.tensor(frequencies))
 
 
+@pytest.mark.parametrize("decay", ["exp", "softplus"])
+def test_s4d_real_starts_and_stays_real(decay: str):
+    layer = S4D(2, 8, init="real", decay=decay)
+    expected = torch.tensor([-1.0, -2.0, -3.0, -4.0]) + 0j
+    torch.testing.assert_close(layer.Lambda().detach(), expected.expand(2, 4))
+    assert not layer.frequency.requires_grad
+
+
 @torch.no_grad()
 def test_intervals_start_within_their_range(name: str):
-    dt = LAYERS[name](500, 2, 8, dt_min=0.01, dt_max=0.2).log_dt.exp()
+    dt = build_layer(name, 500, 2, 8, dt_min=0.01, dt_max=0.2).log_dt.exp()
     assert float(dt.min()) >= 0.01 * (1 - 1e-6)
     assert float(dt.max()) <= 0.2 * (1 + 1e-6)
     assert float(dt.max() / dt.min()) > 15  # spread over the whole range
@@ -286,7 +297,7 @@ def test_converted_layer_no_longer_follows_the_trained_one(name: str):
         (lambda: S4D(0, 4), "d_model must be at least 1, got 0"),
         (lambda: S4D(2, 3), "d_state must be even and at least 2, got 3"),
         (lambda: S4D(2, 0), "d_state must be even and at least 2, got 0"),
-        (lambda: S4D(2, 4, init="legs"), "one of lin, inv; got 'legs'"),
+        (lambda: S4D(2, 4, init="legt"), "one of lin, inv, legs, real; got 'legt'"),
         (lambda: S4(0, 4), "d_model must be at least 1, got 0"),
         (lambda: S4(2, 3), "even, got 3"),
         (lambda: S4(2, 4, l_max=0), "l_max must be at least 1, got 0"),
@@ -303,12 +314,12 @@ def test_bad_settings_are_refused(build: Callable[[], TrainedLayer], message: st
 @pytest.mark.parametrize("rate", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_views_at_a_rate_are_those_of_the_scaled_interval(name, rate, assert_near):
-    layer = LAYERS[name](3, 8, 40, dt_min=1e-2, dt_max=1e-1).double()
+    layer = build_layer(name, 3, 8, 40, dt_min=1e-2, dt_max=1e-1).double()
     u = torch.randn(2, 40, 3, dtype=torch.float64)
     recurrent = layer.to_recurrent(rate)
     prefilled, _ = recurrent.prefill(u, recurrent.initial_state(2))
     assert_near(layer(u, rate), prefilled, 1e-9)
-    if name not in ("s4", "s4-fourier"):  # these store C for one interval
+    if not isinstance(layer, S4):  # which stores C for one interval
         scaled = copy.deepcopy(layer)
         with torch.no_grad():
             scaled.log_dt += math.log(rate)
@@ -318,7 +329,7 @@ def test_both_views_at_a_rate_are_those_of_the_scaled_interval(name, rate, asser
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_slow_signal_means_the_same_at_half_the_rate(name, assert_near):
     """A constant input drives the layer to the same output after the same time."""
-    layer = LAYERS[name](3, 8, 64, dt_min=1e-2, dt_max=2e-2).double()
+    layer = build_layer(name, 3, 8, 64, dt_min=1e-2, dt_max=2e-2).double()
     ones = torch.ones(1, 64, 3, dtype=torch.float64)
     assert_near(layer(ones[:, :32], 2.0)[:, -1], layer(ones)[:, -1], 0.05)
 
@@ -326,4 +337,183 @@ def test_a_slow_signal_means_the_same_at_half_the_rate(name, assert_near):
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
 def test_a_rate_that_is_not_positive_is_refused(rate):
     with pytest.raises(ValueError, match="the rate must be positive"):
-        LAYERS["s4d"](3, 8, 40).to_recurrent(rate)
+        build_layer("s4d", 3, 8, 40).to_recurrent(rate)
+
+
+# Settings: whatever they are, the views agree
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "s4 with shared copies": ("s4", {"n_ssm": 2}),
+    "s4 with channels": ("s4", {"channels": 3}),
+    "s4 of rank 2 with channels and one copy": ("s4-legt", {"channels": 2, "n_ssm": 1}),
+    "s4 without truncation": ("s4", {"truncated": False}),
+    "s4 with softplus": ("s4", {"decay": "softplus"}),
+    "s4 with a frozen B": ("s4", {"train_B": False}),
+    "s4d with shared copies": ("s4d", {"n_ssm": 1}),
+    "s4d with channels": ("s4d-inv", {"channels": 3, "n_ssm": 2}),
+    "s4d bilinear": ("s4d", {"discretization": "bilinear"}),
+    "s4d real with softplus": ("s4d-real", {"decay": "softplus"}),
+    "lssl with channels": ("lssl", {"channels": 3}),
+    "lssl with a trained A": ("lssl", {"train_A": True}),
+    "one range of dt per feature": ("s4d", {"dt_min": [1e-3, 1e-2, 0.1, 1.0], "dt_max": 1.0}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, dtype: torch.dtype) -> TrainedLayer:
+    kind, settings = VARIANTS[request.param]
+    return build_layer(kind, 4, 8, L_MAX, **settings).to(dtype)
+
+
+@torch.no_grad()
+def test_views_of_every_variant_agree(variant: TrainedLayer, dtype: torch.dtype, assert_near: Near):
+    u = torch.randn(2, 150, 4, dtype=dtype)
+    expected = variant(u)
+    assert expected.shape == (2, 150, 4 * variant.channels)
+    recurrent = variant.to_recurrent()
+    y, x = by_steps(recurrent, u, recurrent.initial_state(2))
+    assert_near(y, expected, TOLERANCES[dtype])
+    y, prefilled = recurrent.prefill(u, recurrent.initial_state(2))
+    assert_near(y, expected, TOLERANCES[dtype])
+    assert_near(prefilled, x, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
+@torch.no_grad()
+def test_continuous_view_discretised_is_the_convolution(name: str, rate: float, assert_near: Near):
+    layer = make(name)
+    A, B, C, D = layer.to_continuous(rate)
+    u = torch.randn(1, 50, 4, dtype=torch.float64)
+    method = "zoh" if isinstance(layer, S4D) else "bilinear"
+    times = torch.arange(1, 51, dtype=torch.float64)
+    for h in range(4):
+        y = ssm.simulate(A[h], B[h], C[h], D[h], u[0, :, h], times, method)
+        assert_near(y[0], layer(u, rate)[0, :, h], 1e-6)
+
+
+@torch.no_grad()
+def test_rate_is_a_finer_grid_of_the_same_continuous_system(assert_near: Near):
+    """Zero-order hold is exact, so half the interval and each input twice change nothing."""
+    layer = make("s4d")
+    u = torch.randn(1, 40, 4, dtype=torch.float64)
+    fine = layer(u.repeat_interleave(2, 1), 0.5)
+    assert_near(fine[:, 1::2], layer(u), 1e-9)
+
+
+@torch.no_grad()
+def test_kernel_of_a_truncated_layer_is_that_of_its_own_c(assert_near: Near):
+    """Storing C̃ or C is the same layer: also beyond l_max, and at another rate."""
+    truncated = S4(3, 8, l_max=20).double()
+    endless = S4(3, 8, l_max=20, truncated=False).double()
+    endless.load_state_dict(truncated.state_dict())
+    endless.C.copy_(torch.view_as_real(truncated._solve_output().flatten(0, 1)))
+    for length, rate in ((20, 1.0), (7, 1.0), (90, 1.0), (33, 0.5)):
+        assert_near(truncated.kernel(length, rate), endless.kernel(length, rate), 1e-9)
+
+
+def test_kernels_longer_than_l_max_leave_the_parameters_alone():
+    layer = S4(2, 8, l_max=16)
+    before = copy.deepcopy(layer.state_dict())
+    layer.kernel(100)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_gradients_of_an_endless_kernel_are_those_of_differences():
+    layer = S4(1, 4, l_max=6, truncated=False).double()
+
+    def kernel(log_dt: Tensor, C: Tensor) -> Tensor:
+        parameters = {"log_dt": log_dt, "C": C}
+        return torch.func.functional_call(layer, parameters, torch.ones(1, 9, 1).double())
+
+    inputs = tuple(p.detach().clone().requires_grad_() for p in (layer.log_dt, layer.C))
+    assert torch.autograd.gradcheck(kernel, inputs)
+
+
+@torch.no_grad()
+def test_shared_copies_share_their_dynamics():
+    layer = S4D(6, 4, n_ssm=2)
+    assert layer.log_decay.shape == (2, 2)
+    layer.frequency[1] += 1
+    Lambda = layer.Lambda()
+    assert bool((Lambda[:3] == Lambda[0]).all())
+    assert bool((Lambda[3:] == Lambda[5]).all())
+    assert not bool((Lambda[0] == Lambda[5]).any())
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "lssl"])
+@torch.no_grad()
+def test_bidirectional_layers_read_both_ways(name: str, assert_near: Near):
+    layer = build_layer(name, 3, 8, 40, bidirectional=True).double()
+    forward, backward = layer.kernel(30).chunk(2, 1)
+    u = torch.randn(2, 30, 3, dtype=torch.float64)
+    expected = layer.D * u
+    for t in range(30):
+        for s in range(30):
+            weight = forward[:, 0, t - s] if s <= t else backward[:, 0, s - t - 1]
+            expected[:, t] += weight * u[:, s]
+    assert_near(layer(u), expected, 1e-9)
+    with pytest.raises(ValueError, match="reads the future"):
+        layer.to_recurrent()
+
+
+@torch.no_grad()
+def test_kernels_are_kept_in_evaluation_until_a_parameter_changes(name: str, assert_near: Near):
+    layer, calls = make(name), []
+    kernel = layer.kernel
+
+    def counted(length: int, rate: float = 1.0) -> Tensor:
+        calls.append(length)
+        return kernel(length, rate)
+
+    layer.kernel = counted
+    u = torch.randn(1, 30, 4, dtype=torch.float64)
+    first = layer(u)
+    assert torch.equal(layer(u), first)
+    layer(u[:, :20])
+    assert len(calls) == 1
+    layer(u, 2.0)
+    assert len(calls) == 2
+    layer.C.mul_(2)
+    changed = layer(u, 1.0)
+    assert len(calls) == 3
+    assert_near(changed - layer.D * u, 2 * (first - layer.D * u), 1e-9)
+    with torch.enable_grad():
+        trained = layer(u)
+    assert_near(trained.detach(), changed, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("u", "message"),
+    [
+        (torch.zeros(2, 5, 3), r"\(B, L, 4\) with L >= 1; got \(2, 5, 3\)"),
+        (torch.zeros(5, 4), r"got \(5, 4\)"),
+        (torch.zeros(2, 0, 4), r"got \(2, 0, 4\)"),
+        (torch.zeros(2, 5, 4) + 0j, "complex64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(name: str, u: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        make(name, torch.float32)(u)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("s4", {"n_ssm": 3}, "n_ssm must divide d_model, got 3 for 4"),
+        ("s4d", {"n_ssm": 0}, "n_ssm must divide"),
+        ("s4", {"channels": 0}, "channels must be at least 1, got 0"),
+        ("s4", {"n_ssm": "all"}, "n_ssm must be int | None, got 'all'"),
+        ("s4d", {"dt_min": ["fast"] * 4}, "dt_min must be float"),
+        ("s4d", {"decay": "relu"}, "decay must be one of exp, softplus; got 'relu'"),
+        ("s4d", {"discretization": "euler"}, "zoh or bilinear; got 'euler'"),
+        ("s4d", {"train_B": False}, "a layer 's4d' has no setting train_B; it has bidirectional"),
+        ("s4", {"measure": "legt"}, "a layer 's4' has no setting measure"),
+        ("s4d", {"dt_min": [0.1, 0.1]}, "one number, or one for each of 4 features"),
+        ("s4d", {"dt_min": [0.1, 0.1, 0.1, -0.1]}, "0 < dt_min <= dt_max"),
+        ("gru", {}, "layer must be one of lssl, s4, .*; got 'gru'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(kind: str, settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_layer(kind, 4, 8, 16, **settings)

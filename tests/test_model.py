@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genssm.conversion import to_recurrent
 from genssm.layers import StateSpace
 from genssm.model import (
     Inputs,
@@ -19,7 +20,6 @@ from genssm.model import (
     RecurrentModel,
     SequenceModel,
     State,
-    to_recurrent,
 )
 
 Near = Callable[[Tensor, Tensor, float], None]
@@ -440,7 +440,9 @@ def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_mode
         ({"d_model": (0,)}, "every d_model >= 1"),
         ({"n_layers": (-1,)}, "every n_layers >= 0"),
         ({"d_model": (8, 8), "n_layers": (1, 1), "pools": (1,)}, "every pool >= 2"),
-        ({"layer": "lstm"}, r"layer is one of .*s4, s4d, s4d-inv"),
+        ({"layer_settings": {"bidirectional": True}}, "layer_settings must not hold bidirectional"),
+        ({"layer_settings": {1: 2}}, "layer_settings must be dict"),
+        ({"layer": "lstm"}, r"layer is one of lssl, s4, .*s4d-real"),
         ({"head": "gauss"}, "head is one of softmax, logistics"),
         ({"d_state": 7}, "d_state is even"),
         ({"d_state": 0}, "d_state is even"),

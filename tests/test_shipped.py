@@ -8,7 +8,7 @@ import torch
 
 import genssm
 from genssm.checkpoint import shipped_folders
-from genssm.inspection import agreement
+from genssm.conversion import certify
 from genssm.pipeline import Pipeline
 
 NAMES = ("wiki", "cifar10", "digits")
@@ -43,9 +43,10 @@ def test_a_checkpoint_states_how_it_was_made_and_what_it_reached(name: str) -> N
 def test_convolution_equals_recurrence_on_a_thousand_real_tokens(pipe: Pipeline) -> None:
     tokens = torch.tensor(pipe.config["probe"])
     assert len(tokens) >= 1000
-    measured = agreement(pipe.model, pipe.recurrent, tokens)
+    measured = certify(pipe.model, pipe.recurrent, tokens)
     assert measured.step < 1e-3
     assert measured.prefill < 1e-3
+    assert measured.refusal() is None
 
 
 def test_samples_are_the_same_alone_and_in_a_batch(pipe: Pipeline) -> None:

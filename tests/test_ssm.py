@@ -1,9 +1,11 @@
 """Discretisation, kernels and convolution against SciPy and against the direct sums."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.signal
 import torch
 from torch import Tensor
@@ -42,6 +44,16 @@ def test_discretize_matches_scipy(N: int, method: str, by_scipy: Reference):
                 strict=True,
             ):
                 np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_generalised_bilinear_rule_matches_scipy(alpha: float):
+    A, B = (t.numpy() for t in hippo.legs(5))
+    system = (A, B[:, None], np.eye(5), np.zeros((5, 1)))
+    expected_A, expected_B, *_ = scipy.signal.cont2discrete(system, 0.1, "gbt", alpha=alpha)
+    A_bar, B_bar = ssm.discretize(*hippo.legs(5), 0.1, alpha)
+    np.testing.assert_allclose(A_bar.numpy(), expected_A, atol=1e-12)
+    np.testing.assert_allclose(B_bar.numpy(), expected_B[:, 0], atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ssm.DISCRETIZATIONS)
@@ -88,7 +100,7 @@ def test_krylov_kernel_convolved_by_fft_matches_a_simulation(length: int):
     A_bar, B_bar = ssm.discretize(A, B, 0.1)
     u = torch.randn(2, 1, length, dtype=torch.float64)
     D = torch.tensor([0.7], dtype=torch.float64)
-    y = ssm.fft_convolution(u, ssm.krylov_kernel(A_bar, B_bar, C, length)[None], D)
+    y = ssm.fft_convolution(u, ssm.krylov_kernel(A_bar, B_bar, C, length)[None, None], D[None])
     CA, CB = C @ A_bar, C @ B_bar + D
     system = (A_bar.numpy(), B_bar[:, None].numpy(), CA[None].numpy(), CB[None].numpy(), 0.1)
     for row in range(2):
@@ -96,22 +108,22 @@ def test_krylov_kernel_convolved_by_fft_matches_a_simulation(length: int):
         np.testing.assert_allclose(y[row, 0].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_krylov_kernel_takes_leading_dimensions_and_no_length():
+def test_krylov_kernel_takes_leading_dimensions():
     A, B, C = (torch.stack([t, t / 2]) for t in stable_system(3))
     A_bar, B_bar = ssm.discretize(A, B, 0.1)
-    assert ssm.krylov_kernel(A_bar, B_bar, C, 0).shape == (2, 0)
     kernel = ssm.krylov_kernel(A_bar, B_bar, C, 4)
     for i in range(2):
         expected = [C[i] @ torch.linalg.matrix_power(A_bar[i], k) @ B_bar[i] for k in range(4)]
         torch.testing.assert_close(kernel[i], torch.stack(expected))
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 37, 64, 1000])
-def test_vandermonde_kernel_matches_the_direct_sum(length: int, assert_near: Near):
-    c = torch.randn(3, 5, dtype=torch.complex128)
+@pytest.mark.parametrize("length", [1, 2, 3, 37, 64, 1000])
+@pytest.mark.parametrize("M", [1, 3])
+def test_vandermonde_kernel_matches_the_direct_sum(M: int, length: int, assert_near: Near):
+    c = torch.randn(3, M, 5, dtype=torch.complex128)
     log_a = torch.complex(-torch.rand(3, 5).double() / 50, 3 * torch.randn(3, 5).double())
     k = torch.arange(length, dtype=torch.float64)
-    expected = (c[..., None] * torch.exp(log_a[..., None] * k)).sum(1).real
+    expected = (c @ torch.exp(log_a[..., None] * k)).real
     assert_near(ssm.vandermonde_kernel(c, log_a, length), expected, 1e-11)
     single = ssm.vandermonde_kernel(c.to(torch.complex64), log_a.to(torch.complex64), length)
     assert single.dtype == torch.float32
@@ -125,35 +137,135 @@ def test_cauchy_kernel_matches_the_dense_bilinear_system(
     measure: str, N: int, length: int, assert_near: Near
 ):
     Lambda, P, B = hippo.normal_plus_low_rank(measure, N)
-    n, H = N // 2, 2
+    n, H, M = N // 2, 2, 3
     dt = torch.tensor([0.01, 0.2], dtype=torch.float64)
-    C = torch.randn(H, n, dtype=torch.complex128)
+    C = torch.randn(H, M, n, dtype=torch.complex128)
 
     def both(t: Tensor) -> Tensor:
         return torch.cat([t, t.conj()], -1)
 
     A = torch.diag(both(Lambda)) - both(P).mT @ both(P).conj()
     A_bar, B_bar = ssm.discretize(A, both(B), dt)
-    expected = ssm.krylov_kernel(A_bar, B_bar, both(C), length)
+    expected = ssm.krylov_kernel(A_bar[:, None], B_bar[:, None], both(C), length)
     assert float(expected.imag.abs().max()) < 1e-9
     power = torch.linalg.matrix_power(A_bar, length)
-    C_tilde = (both(C) - (both(C)[:, None] @ power)[:, 0])[:, :n]
+    C_tilde = (both(C) - both(C) @ power)[..., :n]
     Lambda, P, B = (t.expand(H, *t.shape) for t in (Lambda, P, B))
     assert_near(ssm.cauchy_kernel(C_tilde, Lambda, P, B, dt, length), expected.real, 1e-9)
 
 
 def test_fft_convolution_is_the_causal_sum():
-    u, kernel, D = torch.randn(2, 3, 9), torch.randn(3, 9), torch.randn(3)
-    expected = D[:, None] * u
+    u, kernel, D = torch.randn(2, 3, 9), torch.randn(3, 2, 9), torch.randn(3, 2)
+    expected = D[..., None] * u[:, :, None]
     for t in range(9):
         for k in range(t + 1):
-            expected[..., t] += kernel[:, k] * u[..., t - k]
-    torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected)
+            expected[..., t] += kernel[..., k] * u[:, :, None, t - k]
+    torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected.flatten(1, 2))
 
 
-def test_fft_convolution_of_nothing_is_nothing():
-    y = ssm.fft_convolution(torch.zeros(2, 3, 0), torch.zeros(3, 0), torch.ones(3))
-    assert y.shape == (2, 3, 0)
+@pytest.mark.parametrize(
+    ("u", "kernel", "D"),
+    [((2, 3, 9), (3, 1, 8), (3, 1)), ((2, 3, 9), (4, 1, 9), (3, 1)), ((3, 9), (3, 1, 9), (3, 1))],
+)
+def test_fft_convolution_refuses_shapes_that_do_not_fit(u, kernel, D):
+    with pytest.raises(ValueError, match=r"must fit and be real; got \("):
+        ssm.fft_convolution(torch.zeros(u), torch.zeros(kernel), torch.zeros(D))
+
+
+def test_fft_convolution_refuses_complex_input():
+    with pytest.raises(ValueError, match="complex64"):
+        ssm.fft_convolution(torch.zeros(1, 1, 4) + 0j, torch.zeros(1, 1, 4), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_kernels_without_length_are_refused(length: int):
+    A, B, C = stable_system(2)
+    c, log_a = torch.ones(1, 1, 2) + 0j, -torch.ones(1, 2) + 0j
+    P, dt = torch.ones(1, 1, 2) + 0j, torch.ones(1)
+    for kernel in (
+        lambda: ssm.krylov_kernel(A, B, C, length),
+        lambda: ssm.krylov_products(ssm.repeated_squares(A, length), B, length),
+        lambda: ssm.vandermonde_kernel(c, log_a, length),
+        lambda: ssm.cauchy_kernel(c, log_a, P, log_a, dt, length),
+    ):
+        with pytest.raises(ValueError, match=f"at least 1, got {length}"):
+            kernel()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 21])
+def test_krylov_products_match_repeated_products(length: int):
+    A, B, _ = stable_system(4)
+    A_bar, B_bar = ssm.discretize(A, B, 0.1)
+    products = ssm.krylov_products(ssm.repeated_squares(A_bar, length), B_bar, length)
+    expected = [torch.linalg.matrix_power(A_bar, k) @ B_bar for k in range(length)]
+    torch.testing.assert_close(products, torch.stack(expected, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_bilinear_exponent_is_precise_where_the_quotient_is_near_one(dtype: torch.dtype):
+    size = torch.logspace(-7, 2, 40, dtype=torch.float64)
+    z = torch.complex(-size, 3 * size)
+    expected = 2 * torch.atanh(z / 2)
+    # atanh has its cut on the real axis above 1; the argument is the same modulo 2π
+    actual = ssm.bilinear_exponent(z.to(dtype)).to(torch.complex128)
+    error = torch.exp(actual - expected) - 1
+    tolerance = 1e-6 if dtype == torch.complex64 else 1e-14
+    assert bool((error.abs() <= tolerance * size.clamp(max=1.0)).all())
+
+
+# The continuous view
+
+
+def by_ode(A, B, C, D, u, times) -> np.ndarray:
+    """An adaptive ODE solver, interval by interval, with u held constant in each."""
+    x, before, ys = np.zeros(len(A)), 0.0, []
+    for value, t in zip(u, times, strict=True):
+        solution = scipy.integrate.solve_ivp(
+            lambda _, x, value=value: A @ x + B * value, (before, t), x, rtol=1e-10, atol=1e-12
+        )
+        x, before = solution.y[:, -1], t
+        ys.append(C @ x + D * value)
+    return np.stack(ys, -1)
+
+
+def test_simulation_on_irregular_times_matches_an_ode_solver():
+    A, B, _ = stable_system(4)
+    C, D = torch.randn(2, 4).double(), torch.randn(2).double()
+    u, times = torch.randn(12).double(), (torch.rand(12).double() + 0.05).cumsum(0)
+    expected = by_ode(*(t.numpy() for t in (A, B, C, D, u, times)))
+    np.testing.assert_allclose(ssm.simulate(A, B, C, D, u, times).numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "order"), [("bilinear", 2), ("backward_euler", 1), (0.7, 1)])
+def test_finer_times_approach_the_exact_simulation(method: str | float, order: int):
+    A, B, _ = stable_system(3)
+    C, D = torch.randn(1, 3).double(), torch.zeros(1).double()
+    errors = []
+    for refinement in (8, 16, 32):
+        u = torch.ones(4 * refinement).double()
+        times = torch.arange(1, 4 * refinement + 1).double() / (4 * refinement)
+        exact = ssm.simulate(A, B, C, D, u, times)
+        errors.append(float((ssm.simulate(A, B, C, D, u, times, method) - exact).abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert fine < 0.75 * coarse * 2.0 ** (1 - order)
+
+
+def test_simulation_on_regular_times_is_the_recurrence_of_the_kernel():
+    A, B, C = stable_system(3)
+    u, D = torch.randn(2, 1, 20).double(), torch.randn(1, 1).double()
+    times = 0.3 * torch.arange(1, 21).double()
+    A_bar, B_bar = ssm.discretize(A, B, 0.3, "zoh")
+    kernel = ssm.krylov_kernel(A_bar, B_bar, C, 20)
+    expected = ssm.fft_convolution(u, kernel[None, None], D)
+    actual = ssm.simulate(A, B, C[None], D[0], u[:, 0], times)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 1.0], [1.0, 0.5], [1.0, 2.0, 3.0]])
+def test_simulation_refuses_times_that_do_not_fit(times: list[float]):
+    A, B, C = stable_system(2)
+    with pytest.raises(ValueError, match="times"):
+        ssm.simulate(A, B, C[None], torch.zeros(1), torch.zeros(2), torch.tensor(times))
 
 
 def doubles(*shape: int, complex_valued: bool = False) -> Tensor:
@@ -163,7 +275,7 @@ def doubles(*shape: int, complex_valued: bool = False) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_fft_convolution_has_the_right_gradients(length: int):
-    inputs = (doubles(2, 3, length), doubles(3, length), doubles(3))
+    inputs = (doubles(2, 3, length), doubles(3, 2, length), doubles(3, 2))
     assert torch.autograd.gradcheck(ssm.fft_convolution, inputs)
 
 
@@ -171,7 +283,7 @@ def test_vandermonde_kernel_has_the_right_gradients():
     def kernel(c: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
         return ssm.vandermonde_kernel(c, torch.complex(-decay.exp(), frequency), 7)
 
-    inputs = (doubles(2, 3, complex_valued=True), doubles(2, 3), doubles(2, 3))
+    inputs = (doubles(2, 2, 3, complex_valued=True), doubles(2, 3), doubles(2, 3))
     assert torch.autograd.gradcheck(kernel, inputs)
 
 
@@ -182,7 +294,7 @@ def test_cauchy_kernel_has_the_right_gradients(rank: int, length: int):
         Lambda = torch.complex(-decay.exp(), frequency)
         return ssm.cauchy_kernel(C, Lambda, P, B, dt.exp(), length)
 
-    C, B = (doubles(2, 3, complex_valued=True) for _ in range(2))
+    C, B = doubles(2, 2, 3, complex_valued=True), doubles(2, 3, complex_valued=True)
     P = doubles(2, rank, 3, complex_valued=True)
     inputs = (C, doubles(2, 3), doubles(2, 3), P, B, doubles(2))
     assert torch.autograd.gradcheck(kernel, inputs)
@@ -193,7 +305,7 @@ def test_kernels_in_float32_have_finite_gradients(dt: float):
     Lambda, P, B = (
         t.to(torch.complex64)[None].requires_grad_() for t in hippo.normal_plus_low_rank("legs", 16)
     )
-    C = torch.randn(1, 8, dtype=torch.complex64, requires_grad=True)
+    C = torch.randn(1, 1, 8, dtype=torch.complex64, requires_grad=True)
     interval = torch.tensor([dt], requires_grad=True)
     K = ssm.cauchy_kernel(C, Lambda, P, B, interval, 128)
     K = K + ssm.vandermonde_kernel(C, Lambda * interval[:, None], 128)

@@ -17,6 +17,7 @@ ORDER = (
     "recurrence",
     "layers",
     "model",
+    "conversion",
     "codec",
     "data",
     "checkpoint",

@@ -27,6 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+benchmark = typer.Typer(help="Measure speed, memory and exactness.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -69,6 +72,11 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
 def _note(text: str, quiet: bool = False) -> None:
     if not quiet:
         sys.stderr.write(text + "\n")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 Model = Annotated[
@@ -345,6 +353,33 @@ def inspect(
             f"spectral radius {layer['spectral_radius']:.5f}, condition {layer['condition']:.1e}, "
             f"half-lives {low:.0f} / {middle:.0f} / {high:.0f} tokens\n"
         )
+
+
+@benchmark.command()
+@_command
+def layers(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    small: Annotated[bool, typer.Option("--small", help="The smallest sizes only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Measure the layers: cost against LSSL, training speed, agreement of the views."""
+    import torch
+
+    from genssm.benchmark import benchmark_layers
+    from genssm.checkpoint import replace_file
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(f"there is no device {device!r} here; known: cpu, and cuda with a GPU")
+    if out is not None and out.exists() and not force:
+        raise UsageError(f"{str(out)!r} exists; give --force to overwrite it")
+    torch.set_flush_denormal(True)
+    facts = benchmark_layers(device, small, _say)
+    if out is not None:
+        text = json.dumps(facts, indent=1) + "\n"
+        replace_file(out, lambda file: file.write_text(text))
 
 
 def main() -> None:

@@ -155,15 +155,17 @@ def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     ``c (H, M, n)`` and ``log_a (H, n)`` complex → ``(H, M, length)`` real. With k = factor·j + i
     the Vandermonde matrix is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the
     (H, n, L) tensor is never made: one batched product of two small real matrices, with O(n √L)
-    exponentials per feature.
+    exponentials per feature. They are made in the precision of ``log_a`` and rounded to that of
+    ``c``: phases grow with k, and where modes hardly decay float32 would lose them.
     """
     _check_length(length)
     factor = 1 << max(0, round(math.log2(length * c.shape[1]) / 2))
     rows = -(-length // factor)
-    fine = torch.arange(factor, device=c.device, dtype=c.real.dtype)
-    coarse = factor * torch.arange(rows, device=c.device, dtype=c.real.dtype)
-    left = c[:, :, None] * torch.exp(log_a[:, None] * coarse[:, None])[:, None]  # (H, M, rows, n)
-    right = torch.exp(log_a[:, None] * fine[:, None])  # (H, factor, n)
+    fine = torch.arange(factor, device=c.device, dtype=log_a.real.dtype)
+    coarse = factor * torch.arange(rows, device=c.device, dtype=log_a.real.dtype)
+    left = torch.exp(log_a[:, None] * coarse[:, None]).to(c.dtype)
+    right = torch.exp(log_a[:, None] * fine[:, None]).to(c.dtype)  # (H, factor, n)
+    left = c[:, :, None] * left[:, None]  # (H, M, rows, n)
     left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
     right = torch.cat([right.real, right.imag], -1)
     return (left @ right.mT).view(len(c), c.shape[1], -1)[..., :length]
@@ -226,13 +228,15 @@ def cauchy_kernel(
     from one factored product and one FFT: O(n √L + L log L) memory, never (H, n, L).
     """
     _check_length(length)
-    form = bilinear_normal_plus_low_rank(Lambda, P, B, dt)
+    double = torch.complex128
+    form = bilinear_normal_plus_low_rank(Lambda.to(double), P.to(double), B.to(double), dt.double())
     M, rank = C_tilde.shape[1], P.shape[1]
     rows = torch.cat([C_tilde, form.q], 1)  # (H, M + rank, n)
     columns = torch.cat([form.b[:, None], form.p], 1)  # (H, 1 + rank, n)
     wrapped = -2 / torch.expm1(length * form.log_a)  # both members of a pair, hence 2
     v = rearrange(rows[:, :, None] * columns[:, None], "h i j n -> h (i j) n")
-    sums = torch.fft.rfft(vandermonde_kernel(v * wrapped[:, None], form.log_a, length))
+    v = (v * wrapped[:, None]).to(C_tilde.dtype)
+    sums = torch.fft.rfft(vandermonde_kernel(v, form.log_a, length))
     s = rearrange(sums, "h (i j) f -> h i j f", i=M + rank)
     roots = torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device)
     z = torch.exp(-2j * math.pi / length * roots).to(s.dtype)

@@ -243,7 +243,7 @@ class _Training:
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * factor
         batch = self.batch(run.step)
-        loss = _step(run.model, run.optimizers, batch, settings.clip, settings.seed + run.step)
+        loss = train_step(run.model, run.optimizers, batch, settings.clip, settings.seed + run.step)
         if math.isfinite(loss):
             self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         run.step += 1
@@ -292,7 +292,7 @@ def _same_shapes(a: nn.Module, b: nn.Module) -> bool:
     }
 
 
-def _step(
+def train_step(
     model: SequenceModel,
     optimizers: list[torch.optim.Optimizer],
     batch: Batch,

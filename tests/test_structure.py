@@ -25,6 +25,7 @@ ORDER = (
     "optim",
     "recipes",
     "train",
+    "benchmark",
     "sampling",
     "engine",
     "pipeline",

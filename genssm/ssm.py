@@ -163,12 +163,19 @@ def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     rows = -(-length // factor)
     fine = torch.arange(factor, device=c.device, dtype=log_a.real.dtype)
     coarse = factor * torch.arange(rows, device=c.device, dtype=log_a.real.dtype)
-    left = torch.exp(log_a[:, None] * coarse[:, None]).to(c.dtype)
-    right = torch.exp(log_a[:, None] * fine[:, None]).to(c.dtype)  # (H, factor, n)
-    left = c[:, :, None] * left[:, None]  # (H, M, rows, n)
-    left = torch.cat([left.real, -left.imag], -1).flatten(1, 2)
-    right = torch.cat([right.real, right.imag], -1)
+    re, im = (t[:, None] for t in _powers(log_a, coarse, c.real.dtype))  # (H, 1, rows, n)
+    c_re, c_im = c.real[:, :, None], c.imag[:, :, None]  # (H, M, 1, n)
+    left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1).flatten(1, 2)
+    right = torch.cat(_powers(log_a, fine, c.real.dtype), -1)  # (H, factor, 2n)
     return (left @ right.mT).view(len(c), c.shape[1], -1)[..., :length]
+
+
+def _powers(log_a: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of exp(k log_a): (H, n), (K,) → (H, K, n). Real functions are
+    vectorised on a CPU, the complex exponential is not."""
+    size = torch.exp(log_a.real[:, None] * k[:, None])
+    phase = log_a.imag[:, None] * k[:, None]
+    return (size * phase.cos()).to(dtype), (size * phase.sin()).to(dtype)
 
 
 def bilinear_exponent(z: Tensor) -> Tensor:

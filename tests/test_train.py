@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import genssm
 from genssm import checkpoint as checkpoints
+from genssm import recipes
 from genssm.codec import Text
+from genssm.conversion import to_recurrent
 from genssm.data import find_split, read_examples
 from genssm.evaluate import evaluate
+from genssm.layers import LAYERS
 from genssm.model import SequenceModel
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
@@ -373,3 +377,39 @@ def test_too_few_examples_for_a_batch_are_refused(data: dict[str, Path], tmp_pat
             train(
                 RECIPES[modality].changed({"batch_size": 50}), data[modality], tmp_path / modality
             )
+
+
+# Every kind of layer, on real text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "settings"),
+    [
+        *((kind, {}) for kind in LAYERS),
+        ("lssl", {"train_A": True}),
+        ("s4", {"n_ssm": 2, "channels": 2, "train_B": False, "truncated": False}),
+        ("s4d", {"discretization": "bilinear", "decay": "softplus"}),
+    ],
+)
+def test_every_kind_of_layer_learns_converts_and_writes(layer: str, settings: dict, tmp_path: Path):
+    """On the licence of this project, cut in two."""
+    text = (Path(__file__).parent.parent / "LICENSE").read_text()
+    (tmp_path / "train.txt").write_text(text[: len(text) * 4 // 5])
+    (tmp_path / "validation.txt").write_text(text[len(text) * 4 // 5 :])
+    recipe = recipes.RECIPES["wiki"].changed(
+        {
+            "vocab_size": 400, "d_model": (32,), "n_layers": (2,), "d_state": 8, "layer": layer,
+            "layer_settings": settings, "batch_size": 4, "length": 64, "steps": 25, "warmup": 5,
+        }
+    )  # fmt: skip
+    target = train(recipe, tmp_path, tmp_path / "out")
+    pipe = genssm.load(target)
+    untrained = SequenceModel(pipe.model.config)
+    tokens = pipe.codec.encode(text[-2000:])
+    before, after = (
+        float(-m.log_prob(tokens[None]).detach().mean()) for m in (untrained, pipe.model)
+    )
+    assert after < before - 0.5
+    to_recurrent(pipe.model, check=tokens[:200])
+    assert pipe.sample("The License", max_tokens=8, seed=1)[0].raw.startswith("The License")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genssm import ssm
 from genssm.data import Batch
-from genssm.layers import S4, S4D, TrainedLayer, build_layer
+from genssm.layers import LAYERS, S4, S4D, TrainedLayer, build_layer
 from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, has_fast_bfloat16
 from genssm.train import train_step
@@ -343,7 +343,7 @@ def benchmark_layers(
             report(f"{layer:<12} {batch} × {length:<5} {speed.tokens_per_second:9.0f} tokens/s")
     facts["agreement"] = []
     spans = [1024] if small else [1024, 16384, 65536]
-    for kind in ("lssl", "s4", "s4-legt", "s4-fourier", "s4d", "s4d-inv"):
+    for kind in LAYERS:
         for N, dtype, L in (
             (N, dtype, L)
             for N in (16, 64)

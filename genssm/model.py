@@ -291,9 +291,10 @@ class _LinearLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-        """x (T, H), weight (V, H), bias (V,), target (T,) → (T,) float32."""
-        probabilities = torch.empty(len(x), len(weight), device=x.device)
-        log_p = torch.empty(len(x), device=x.device)
+        """x (T, H), weight (V, H), bias (V,), target (T,) → (T,), at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        probabilities = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
+        log_p = torch.empty(len(x), dtype=dtype, device=x.device)
         for i in range(0, len(x), _LinearLogProb.rows):
             part = slice(i, i + _LinearLogProb.rows)
             logits = probabilities[part]

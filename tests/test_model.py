@@ -20,6 +20,7 @@ from genssm.model import (
     RecurrentModel,
     SequenceModel,
     State,
+    _LinearLogProb,
 )
 
 Near = Callable[[Tensor, Tensor, float], None]
@@ -479,3 +480,20 @@ def test_config_survives_json(make_model: MakeModel):
     assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
     assert config.period == PERIOD
     assert config.channels == 3
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+def test_log_probabilities_have_the_right_gradients(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """In slices of two rows, and in one."""
+    monkeypatch.setattr(_LinearLogProb, "rows", rows)
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 3), (7, 3), (7,))
+    )
+    target = torch.randint(0, 7, (5,))
+    actual = _LinearLogProb.apply(x, weight, bias, target)
+    expected = torch.log_softmax(x @ weight.mT + bias, -1)[torch.arange(5), target]
+    torch.testing.assert_close(actual, expected)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: _LinearLogProb.apply(*inputs, target), (x, weight, bias)
+    )

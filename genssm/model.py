@@ -45,6 +45,7 @@ class ModelConfig:
     head: str = "softmax"  # a key of HEADS
     taps: tuple[int, ...] = ()  # earlier values read as numbers: k is the value k before the target
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
+    conditioned: bool = False  # the first token, a class label, is also added at every position
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -248,6 +249,9 @@ class Inputs(nn.Module):
         self.positions = nn.ParameterList(
             nn.Parameter(torch.zeros(size, d_model)) for size in config.image_shape or ()
         )
+        self.condition = nn.Embedding(config.vocab_size, d_model) if config.conditioned else None
+        if self.condition is not None:
+            nn.init.zeros_(self.condition.weight)
 
     def values(self, tokens: Tensor) -> Tensor:
         """Values of the tokens on [-1, 1]; 0 for boundaries, labels and NOTHING."""
@@ -256,14 +260,20 @@ class Inputs(nn.Module):
         dtype = self.embedding.weight.dtype
         return torch.where(inside, tokens.to(dtype) * (2 / top) - 1, 0.0)
 
-    def forward(self, window: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, window: Tensor, position: int, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """window (B, reach + L): the tokens at position … position + L - 1 and ``reach`` before.
 
-        Returns features (B, L, H) and, for the logistics head, a linear prediction of the next
-        value (B, L, 1).
+        ``first`` (B, 1) is the first token of the sequence, which a conditioned model needs.
+        Returns features (B, L, H) and, for the logistics head, a linear prediction of
+        the next value (B, L, 1).
         """
         length = window.shape[1] - self.reach
         x = self.embedding(window[:, self.reach :])
+        if self.condition is not None:
+            assert first is not None
+            x = x + self.condition(first.clamp(min=0))  # NOTHING, while nothing is read
         prediction = None
         if self.taps is not None:
             values = self.values(window)
@@ -441,7 +451,8 @@ class SequenceModel(nn.Module):
         """tokens (B, L) → what the head reads: features (B, L, H), prediction (B, L, 1) or None."""
         _check_tokens(tokens, self.config)
         window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
-        x, prediction = self.inputs(window, 0)
+        first = tokens[:, : int(self.config.conditioned)]
+        x, prediction = self.inputs(window, 0, first)
         if tokens.shape[1]:  # a layer needs a position; nothing has no features, only a shape
             x = self.stack(x, rate)
         return self.norm(x), prediction
@@ -585,7 +596,9 @@ class State(NamedTuple):
     """All that a recurrent model remembers; its size does not depend on the tokens read."""
 
     position: Tensor  # () int64 on the CPU: tokens read
-    history: Tensor  # (B, reach) int64: the last tokens, for the taps
+    # (B, reach) int64, the last tokens, for the taps; if conditioned, after one more column that
+    # holds the first token
+    history: Tensor
     layers: tuple  # nested as the model is
 
     def tensors(self) -> list[Tensor]:
@@ -621,19 +634,27 @@ class RecurrentModel(nn.Module):
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token."""
         device = self.norm.weight.device
-        history = torch.full((batch, self.inputs.reach), NOTHING, device=device)
+        width = int(self.config.conditioned) + self.inputs.reach
+        history = torch.full((batch, width), NOTHING, device=device)
         return State(torch.tensor(0), history, self.stack.initial_state(batch))
+
+    def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What goes into the stack and the head for tokens (B, L), and the history after them."""
+        position, kept = int(state.position), int(self.config.conditioned)
+        first, before = state.history[:, :kept], state.history[:, kept:]
+        if position == 0 and tokens.shape[1]:
+            first = tokens[:, :kept]
+        window = torch.cat([before, tokens], 1)
+        x, prediction = self.inputs(window, position, first)
+        return x, prediction, torch.cat([first, window[:, tokens.shape[1] :]], 1)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read tokens (B, L) in parallel, from any state → logits (B, L, V) and the state after."""
         _check_tokens(tokens, self.config)
         state = self.initial_state(tokens.shape[0]) if state is None else state
-        position = int(state.position)
-        window = torch.cat([state.history, tokens], 1)
-        x, prediction = self.inputs(window, position)
-        x, layers = self.stack.prefill(x, state.layers, position)
-        history = window[:, tokens.shape[1] :]
+        x, prediction, history = self._read(tokens, state)
+        x, layers = self.stack.prefill(x, state.layers, int(state.position))
         return (
             self.head.logits(self.norm(x), prediction),
             State(state.position + tokens.shape[1], history, layers),
@@ -642,13 +663,11 @@ class RecurrentModel(nn.Module):
     @torch.no_grad()
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one token (B,) → logits (B, V) of the next, and the state after."""
-        position = int(state.position)
-        window = torch.cat([state.history, token[:, None]], 1)
-        x, prediction = self.inputs(window, position)
-        x, layers = self.stack.step(x[:, 0], state.layers, position)
+        x, prediction, history = self._read(token[:, None], state)
+        x, layers = self.stack.step(x[:, 0], state.layers, int(state.position))
         if prediction is not None:
             prediction = prediction[:, 0]
         return (
             self.head.logits(self.norm(x), prediction),
-            State(state.position + 1, window[:, 1:], layers),
+            State(state.position + 1, history, layers),
         )

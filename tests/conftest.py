@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "d_model": (8, 12, 16),
         "n_layers": (1, 1, 1),
         "pools": (2, 3),
+        "conditioned": True,
     },
     "image": {
         "vocab_size": 259,
@@ -47,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head": "logistics",
         "taps": (1, 3, 9, 10, 12),
         "image_shape": (4, 3, 3),
+        "conditioned": True,
     },
 }
 

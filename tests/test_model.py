@@ -339,7 +339,7 @@ def silent_inputs(model: SequenceModel) -> Inputs:
 
 @torch.no_grad()
 def test_a_tap_reads_the_value_so_many_before_the_target(make_model: MakeModel):
-    inputs = silent_inputs(make_model("image"))
+    inputs = silent_inputs(make_model("image", conditioned=False))
     assert inputs.taps is not None
     taps = inputs.config.taps
     for j in range(len(taps)):
@@ -356,7 +356,7 @@ def test_a_tap_reads_the_value_so_many_before_the_target(make_model: MakeModel):
 @pytest.mark.parametrize("position", [0, 10])
 @torch.no_grad()
 def test_image_positions_are_those_of_the_target(position: int, make_model: MakeModel):
-    inputs = silent_inputs(make_model("image"))
+    inputs = silent_inputs(make_model("image", conditioned=False))
     shape = inputs.config.image_shape
     assert shape is not None
     for axis, table in enumerate(inputs.positions):
@@ -370,7 +370,7 @@ def test_image_positions_are_those_of_the_target(position: int, make_model: Make
 
 @torch.no_grad()
 def test_weights_of_taps_go_with_the_channel_of_the_target(make_model: MakeModel):
-    inputs = silent_inputs(make_model("image"))
+    inputs = silent_inputs(make_model("image", conditioned=False))
     assert inputs.taps is not None
     inputs.taps.weight[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0])  # tap 1 by channel
     window = torch.full((1, inputs.reach + 12), 255)
@@ -382,7 +382,7 @@ def test_weights_of_taps_go_with_the_channel_of_the_target(make_model: MakeModel
 
 @torch.no_grad()
 def test_logistic_means_follow_the_prediction_of_their_channel(make_model: MakeModel):
-    inputs = silent_inputs(make_model("image"))
+    inputs = silent_inputs(make_model("image", conditioned=False))
     assert inputs.prediction is not None
     near = inputs.config.taps.index(3)  # the same channel of the pixel before
     inputs.prediction.weight[:, 0, near] = 1
@@ -497,3 +497,25 @@ def test_log_probabilities_have_the_right_gradients(rows: int, monkeypatch: pyte
     assert torch.autograd.gradcheck(
         lambda *inputs: _LinearLogProb.apply(*inputs, target), (x, weight, bias)
     )
+
+
+@torch.no_grad()
+def test_a_conditioned_model_reads_its_label_at_every_position(make_model: MakeModel):
+    inputs = make_model("pooled").inputs
+    plain = make_model("pooled", conditioned=False).inputs
+    plain.load_state_dict({n: p for n, p in inputs.state_dict().items() if "condition" not in n})
+    window, first = torch.randint(0, 20, (2, 9)), torch.tensor([[21], [22]])
+    assert inputs.condition is not None
+    expected = plain(window, 5)[0] + inputs.condition.weight[[21, 22]][:, None]
+    torch.testing.assert_close(inputs(window, 5, first)[0], expected)
+
+
+@torch.no_grad()
+def test_a_new_condition_changes_nothing():
+    """So that a model trained without can go on with one."""
+    settings = {"vocab_size": 23, "n_outputs": 20, "d_model": (8,), "n_layers": (1,)}
+    plain = SequenceModel(ModelConfig(**settings))
+    conditioned = SequenceModel(ModelConfig(**settings, conditioned=True))
+    conditioned.load_state_dict(plain.state_dict(), strict=False)
+    tokens = torch.randint(0, 20, (2, 9))
+    assert torch.equal(plain(tokens), conditioned(tokens))

@@ -1,4 +1,4 @@
-"""The sampling loop: one recurrent model, several samples of one prompt side by side."""
+"""The sampling loop: one model, several samples of one prompt side by side, eager or compiled."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
+from genssm.stepper import CompiledModel, block_sizes
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 
@@ -88,7 +90,81 @@ class Generation:
             self._pending = self._pending[rows]
 
 
-def read(model: RecurrentModel, prompt: Tensor) -> tuple[Tensor, State]:
+class CompiledGeneration:
+    """``Generation`` by the compiled loop: with float32 weights the same tokens from the same seed.
+
+    Blocks of tokens are drawn ahead of what ``step`` hands out. Samples that finish leave at the
+    next block; no sample depends on its company, to the last bit.
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        prompt: Tensor,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        indices: range,
+    ) -> None:
+        self.model, self.config = model, config
+        self.active = list(range(len(indices)))
+        self._streams = [RandomStream(seed, i) for i in indices]
+        with one_thread():
+            logits, state = read(model, prompt)
+        rows = torch.zeros(len(indices), dtype=torch.int64)
+        self._memory = model.load(state.rows(rows), logits[rows])
+        self._seen = np.zeros((len(indices), logits.shape[-1]), np.bool_)
+        self._seen[:, prompt[prompt < logits.shape[-1]].numpy()] = True
+        self._held = list(self.active)  # the sample of each row of the memory
+        self._sizes = block_sizes()
+        self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
+
+    def step(self) -> list[Drawn]:
+        """Draw one token for every active sample."""
+        if not self.active:
+            return []
+        if not self._ahead:
+            self._drop_finished()
+            self._draw(next(self._sizes))
+        active = set(self.active)
+        return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
+
+    def finish(self, samples: set[int]) -> None:
+        """Take samples out of the batch; the others go on as if nothing happened."""
+        self.active = [sample for sample in self.active if sample not in samples]
+
+    def _drop_finished(self) -> None:
+        if self._held == self.active:
+            return
+        active = set(self.active)
+        rows = [row for row, sample in enumerate(self._held) if sample in active]
+        self._memory, self._seen = self.model.rows(self._memory, rows), self._seen[rows]
+        self._held = list(self.active)
+
+    def _draw(self, size: int) -> None:
+        uniforms = [[self._streams[i].next() for _ in range(size)] for i in self._held]
+        tokens, bits = self.model.generate(
+            self._memory, np.array(uniforms), self.config, self._seen
+        )
+        steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
+        self._ahead = [[Drawn(*d) for d in zip(self._held, *step, strict=True)] for step in steps]
+        self._ahead.reverse()
+
+
+def begin(
+    model: RecurrentModel | CompiledModel,
+    prompt: Tensor,
+    config: SamplingConfig,
+    *,
+    seed: int,
+    indices: range,
+) -> Generation | CompiledGeneration:
+    """Samples that continue a prompt, by the loop that fits the model."""
+    loop = CompiledGeneration if isinstance(model, CompiledModel) else Generation
+    return loop(model, prompt, config, seed=seed, indices=indices)  # type: ignore[arg-type]
+
+
+def read(model: RecurrentModel | CompiledModel, prompt: Tensor) -> tuple[Tensor, State]:
     """Read a prompt (L,) in parallel, in pieces → logits (1, V) of the next token, state."""
     if len(prompt) == 0:
         raise ValueError("a prompt needs at least its start token")

@@ -25,6 +25,8 @@ ORDER = (
     "recipes",
     "train",
     "sampling",
+    "simd",
+    "stepper",
     "engine",
     "pipeline",
     "inspection",

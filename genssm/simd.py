@@ -273,97 +273,90 @@ def _sums(
     return result
 
 
-def _tile(rows: int, panels: int) -> Any:
-    """An intrinsic y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on a tile.
+def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
+    """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
+    matrix, x, inputs, y, outputs, table = places
+    sums = iter(_sums(builder, kind, rows, panels, matrix, x, inputs, inputs))
+    for panel in range(panels):
+        for row in range(rows):
+            for half in range(2):
+                column = _I64(panel * PANEL + half * LANES)
+                bias = _load(builder, table, column, _VECTOR)
+                scale = _load(builder, table, builder.add(column, outputs), _VECTOR)
+                place = builder.add(builder.mul(outputs, _I64(row)), column)
+                address = builder.bitcast(builder.gep(y, [place]), _VECTOR.as_pointer())
+                builder.store(_fma(builder, next(sums), scale, bias), address, align=4)
 
-    Arguments: kind of weights; matrices and the byte where the first panel begins; work; place and
-    row stride of x, which is also the number of inputs; place and row stride of y; constants and
-    the place of the first bias; how far behind the biases the scales lie.
+
+# Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
+# sixteen, with the weights and values, fill the 32 registers of AVX-512.
+TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 1))
+
+
+@intrinsic
+def tile(
+    typing, rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table
+):  # fmt: skip
+    """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
+    results and the biases begin; scales lie ``outputs`` behind the biases. Rows of x are
+    ``inputs`` long, rows of y ``outputs``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, matrices, first, work, x, inputs, y, outputs, constants, bias, scale = arguments
-        matrix = builder.gep(_data(context, builder, signature.args[1], matrices), [first])
-        memory = _data(context, builder, signature.args[3], work)
-        table = builder.gep(_data(context, builder, signature.args[8], constants), [bias])
-        source, target = builder.gep(memory, [x]), builder.gep(memory, [y])
-        for chosen in PANEL_BYTES:
-            with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
-                sums = iter(_sums(builder, chosen, rows, panels, matrix, source, inputs, inputs))
-                for panel in range(panels):
-                    for row in range(rows):
-                        for half in range(2):
-                            column = _I64(panel * PANEL + half * LANES)
-                            b = _load(builder, table, column, _VECTOR)
-                            s = _load(builder, table, builder.add(column, scale), _VECTOR)
-                            place = builder.add(builder.mul(outputs, _I64(row)), column)
-                            address = builder.gep(target, [place])
-                            value = _fma(builder, next(sums), s, b)
-                            pointer = builder.bitcast(address, _VECTOR.as_pointer())
-                            builder.store(value, pointer, align=4)
+        rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table = (
+            arguments
+        )
+        matrix = builder.gep(_data(context, builder, signature.args[3], matrices), [matrix])
+        memory = _data(context, builder, signature.args[5], work)
+        table = builder.gep(_data(context, builder, signature.args[10], constants), [table])
+        places = (
+            matrix,
+            builder.gep(memory, [x]),
+            inputs,
+            builder.gep(memory, [y]),
+            outputs,
+            table,
+        )
+        shape = builder.add(builder.mul(rows, _I64(8)), panels)
+        for size in TILES:
+            with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
+                for chosen in PANEL_BYTES:
+                    with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
+                        _tile(builder, chosen, *size, *places)
         return context.get_dummy_value()
 
-    def typed(typing, kind, matrices, first, work, x, inputs, y, outputs, constants, bias, scale):
-        n = types.intp
-        return types.void(n, matrices, n, work, n, n, n, n, constants, n, n), generate
-
-    return intrinsic(typed)
-
-
-# Eight independent sums or more keep the multipliers busy; sixteen fill half the AVX-512 registers.
-tile_8x1, tile_4x1, tile_2x2, tile_2x1, tile_1x4, tile_1x1 = (
-    _tile(rows, panels) for rows, panels in ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 1))
-)
+    n = types.intp
+    return types.void(n, n, n, matrices, n, work, n, n, n, n, constants, n), generate
 
 
 @njit(**_OPTIONS)
-def linear(  # noqa: PLR0912
-    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, bias, batch
+def linear(
+    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, batch
 ):  # fmt: skip
     """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
 
-    ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8.
+    ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8. A sum runs over the inputs
+    in order whatever the tile. Four panels stay in the cache while they meet all rows.
     """
     size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
-    panels = outputs // PANEL
-    for first in range(0, panels, 4):
-        last = min(first + 4, panels)
+    end = outputs // PANEL
+    for first in range(0, end, 4):
         row = 0
         while row < batch:
             left = batch - row
-            u, v = x + row * inputs, y + row * outputs
-            if wide and left >= 8:
-                for p in range(first, last):
-                    tile_8x1(kind, matrices, matrix + p * size, work, u, inputs, v + p * PANEL,
-                             outputs, constants, bias + p * PANEL, outputs)  # fmt: skip
-                row += 8
-            elif wide and left >= 4:
-                for p in range(first, last):
-                    tile_4x1(kind, matrices, matrix + p * size, work, u, inputs, v + p * PANEL,
-                             outputs, constants, bias + p * PANEL, outputs)  # fmt: skip
-                row += 4
-            elif left >= 2:
-                p = first
-                while p < last:
-                    if wide and last - p >= 2:
-                        tile_2x2(kind, matrices, matrix + p * size, work, u, inputs, v + p * PANEL,
-                                 outputs, constants, bias + p * PANEL, outputs)  # fmt: skip
-                        p += 2
-                    else:
-                        tile_2x1(kind, matrices, matrix + p * size, work, u, inputs, v + p * PANEL,
-                                 outputs, constants, bias + p * PANEL, outputs)  # fmt: skip
-                        p += 1
-                row += 2
-            else:
-                if wide and last - first == 4:
-                    tile_1x4(kind, matrices, matrix + first * size, work, u, inputs,
-                             v + first * PANEL, outputs, constants, bias + first * PANEL,
-                             outputs)  # fmt: skip
-                else:
-                    for p in range(first, last):
-                        tile_1x1(kind, matrices, matrix + p * size, work, u, inputs, v + p * PANEL,
-                                 outputs, constants, bias + p * PANEL, outputs)  # fmt: skip
-                row += 1
+            rows, together = 1, 4 if wide else 1
+            if left >= 2:
+                rows, together = 2, 2 if wide else 1
+            if left >= 4 and wide:
+                rows, together = (8 if left >= 8 else 4), 1
+            panel, last = first, min(first + 4, end)
+            while panel < last:
+                panels = together if panel + together <= last else 1
+                tile(rows, panels, kind, matrices, matrix + panel * size, work, x + row * inputs,
+                     inputs, y + row * outputs + panel * PANEL, outputs, constants,
+                     table + panel * PANEL)  # fmt: skip
+                panel += panels
+            row += rows
 
 
 # Functions of vectors.
@@ -534,61 +527,77 @@ def gather_taps(work, target, width, history, taps, prediction, phases, constant
 
 
 @njit(**_OPTIONS)
-def _log_sigmoid(x):
-    return min(x, 0.0) - np.log1p(np.exp(-abs(x)))
+def mixture(work, source, prediction, mixtures, half, scratch):
+    """The parameters of a mixture of logistics, made of the head's outputs; see model.Logistics.
+
+    In ``scratch``, 16 places each: log-weights, means, inverse scales, and the log-weights plus
+    that part of an inner bin's log-mass which is the same in all bins.
+    """
+    most, whole = -np.inf, 0.0
+    for k in range(mixtures):
+        most = max(most, work[source + k])
+    for k in range(mixtures):
+        whole += np.exp(work[source + k] - most)
+    for k in range(mixtures):
+        log_scale = min(max(work[source + 2 * mixtures + k] - 2.5, -7.0), 7.0)
+        inverse = np.exp(-log_scale)
+        scratch[k] = work[source + k] - most - np.log(whole)
+        scratch[16 + k] = work[prediction] + 0.3 * work[source + mixtures + k]
+        scratch[32 + k] = inverse
+        scratch[48 + k] = scratch[k] + np.log(-np.expm1(-2 * half * inverse))
+
+
+@njit(**_OPTIONS)
+def inner_bins(value, half, mixtures, scratch):
+    """Log-masses of the bins around 16 values.
+
+    A bin's mass is sigmoid(p) sigmoid(q) (1 - exp(-2 half s)), s the inverse scale and p, q the
+    distances of its edges from the mean times s.
+    """
+    zero, one, h = splat(f32(0.0)), splat(f32(1.0)), splat(f32(half))
+    peak = splat(f32(-1e30))
+    for k in range(mixtures):
+        c, s = sub(value, splat(scratch[16 + k])), splat(scratch[32 + k])
+        p, q = mul(add(c, h), s), mul(sub(h, c), s)
+        level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[48 + k]))
+        peak = larger(peak, level)
+    mass = zero
+    for k in range(mixtures):
+        c, s = sub(value, splat(scratch[16 + k])), splat(scratch[32 + k])
+        p, q = mul(add(c, h), s), mul(sub(h, c), s)
+        level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[48 + k]))
+        left = add(one, exp(sub(zero, magnitude(p))))
+        right = add(one, exp(sub(zero, magnitude(q))))
+        mass = add(mass, div(exp(sub(level, peak)), mul(left, right)))
+    return add(peak, log(mass))
+
+
+@njit(**_OPTIONS)
+def outer_bin(sign, half, mixtures, scratch):
+    """Log-mass of the first (sign 1) or last (-1) bin, which reaches to infinity."""
+    peak, mass = -np.inf, 0.0
+    for _ in range(2):  # find the peak, then sum relative to it
+        mass = 0.0
+        for k in range(mixtures):
+            x = (half - 1.0 - sign * scratch[16 + k]) * scratch[32 + k]
+            level = scratch[k] + min(x, 0.0) - np.log1p(np.exp(-abs(x)))
+            peak = max(peak, level)
+            mass += np.exp(level - peak)
+    return peak + np.log(mass)
 
 
 @njit(**_OPTIONS)
 def logistics(work, source, target, prediction, size, width, mixtures, scratch):
-    """Log-probabilities of ``size`` values under a mixture of logistics: see model.Logistics.
-
-    The mass of an inner bin is sigmoid(p) sigmoid(q) (1 - exp(-2 s / top)) with p and q the
-    distances of its edges from the mean times the inverse scale s; the outer bins lack one edge.
-    """
+    """Log-probabilities of ``size`` values under a mixture of logistics: see model.Logistics."""
     top = size - 1
     half = 1.0 / top
-    biggest, weights = -np.inf, 0.0
-    for k in range(mixtures):
-        biggest = max(biggest, work[source + k])
-    for k in range(mixtures):
-        weights += np.exp(work[source + k] - biggest)
-    means, inverses, levels = 16, 32, 48  # places in scratch, after the log-weights
-    for k in range(mixtures):
-        log_scale = min(max(work[source + 2 * mixtures + k] - 2.5, -7.0), 7.0)
-        inverse = np.exp(-log_scale)
-        scratch[k] = work[source + k] - biggest - np.log(weights)
-        scratch[means + k] = work[prediction] + 0.3 * work[source + mixtures + k]
-        scratch[inverses + k] = inverse
-        scratch[levels + k] = scratch[k] + np.log(-np.expm1(-2 * half * inverse))
-    zero, one, h = splat(f32(0.0)), splat(f32(1.0)), splat(f32(half))
+    mixture(work, source, prediction, mixtures, half, scratch)
+    one, spacing = splat(f32(1.0)), splat(f32(2 * half))
     for v in range(0, width, LANES):
-        value = sub(mul(add(ramp(), splat(f32(v))), splat(f32(2 * half))), one)
-        peak = splat(f32(-1e30))
-        for k in range(mixtures):
-            c, s = sub(value, splat(scratch[means + k])), splat(scratch[inverses + k])
-            p, q = mul(add(c, h), s), mul(sub(h, c), s)
-            level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[levels + k]))
-            peak = larger(peak, level)
-        mass = zero
-        for k in range(mixtures):
-            c, s = sub(value, splat(scratch[means + k])), splat(scratch[inverses + k])
-            p, q = mul(add(c, h), s), mul(sub(h, c), s)
-            level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[levels + k]))
-            tails = mul(
-                add(one, exp(sub(zero, magnitude(p)))), add(one, exp(sub(zero, magnitude(q))))
-            )
-            mass = add(mass, div(exp(sub(level, peak)), tails))
-        store(work, target + v, add(peak, log(mass)))
-    for edge in range(2):  # the first and the last value: everything beyond belongs to them
-        sign, peak, mass = 1.0 - 2.0 * edge, -np.inf, 0.0
-        for _ in range(2):  # find the peak, then sum relative to it
-            mass = 0.0
-            for k in range(mixtures):
-                distance = (half - 1.0 - sign * scratch[means + k]) * scratch[inverses + k]
-                level = scratch[k] + _log_sigmoid(distance)
-                peak = max(peak, level)
-                mass += np.exp(level - peak)
-        work[target + edge * top] = peak + np.log(mass)
+        value = sub(mul(add(ramp(), splat(f32(v))), spacing), one)
+        store(work, target + v, inner_bins(value, half, mixtures, scratch))
+    work[target] = outer_bin(1.0, half, mixtures, scratch)
+    work[target + top] = outer_bin(-1.0, half, mixtures, scratch)
     for v in range(size, width):
         work[target + v] = NEVER
 
@@ -693,10 +702,16 @@ def weigh(logits, first, width, inverse_temperature, weights):
 
 @njit(**_OPTIONS)
 def _summed(weights, size):
-    result = 0.0
-    for i in range(size):
-        result += weights[i]
-    return result
+    a = b = c = d = 0.0  # four sums, because one would wait for each of its additions
+    whole = size - size % 4
+    for i in range(0, whole, 4):
+        a += weights[i]
+        b += weights[i + 1]
+        c += weights[i + 2]
+        d += weights[i + 3]
+    for i in range(whole, size):
+        a += weights[i]
+    return (a + b) + (c + d)
 
 
 @njit(**_OPTIONS)
@@ -759,6 +774,16 @@ def pick(weights, size, uniform):
 
 
 @njit(**_OPTIONS)
+def penalize(logits, first, size, width, penalty, seen, penalized):
+    """sampling.penalize: seen tokens become less likely."""
+    for i in range(width):
+        x = logits[first + i]
+        if i < size and seen[i]:
+            x = x / penalty if x > 0 else x * penalty
+        penalized[i] = x
+
+
+@njit(**_OPTIONS)
 def draw(logits, first, size, width, settings, seen, uniform, weights, keys, penalized, histogram):
     """One token and its bits, -log2 of its probability under the model itself.
 
@@ -767,19 +792,18 @@ def draw(logits, first, size, width, settings, seen, uniform, weights, keys, pen
     most = weigh(logits, first, width, 1.0, weights)
     whole = _summed(weights, size)
     penalty, temperature = f32(settings[0]), settings[1]
-    for i in range(width):
-        x = logits[first + i]
-        if i < size and seen[i] and penalty != 1:
-            x = x / penalty if x > 0 else x * penalty
-        penalized[i] = x
+    source, place = logits, first
+    if penalty != 1:
+        source, place = penalized, 0
+        penalize(logits, first, size, width, penalty, seen, penalized)
     token = 0
     if temperature == 0:
         for i in range(size):
-            if penalized[i] > penalized[token]:
+            if source[place + i] > source[place + token]:
                 token = i
     else:
         if penalty != 1 or temperature != 1:
-            weigh(penalized, 0, width, 1.0 / temperature, weights)
+            weigh(source, place, width, 1.0 / temperature, weights)
         if 0 < settings[2] < size:
             keep_top_k(weights, keys, size, settings[2], histogram)
         if settings[3] < 1:

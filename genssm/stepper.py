@@ -173,7 +173,7 @@ def _numpy(tensor: Tensor | None) -> Array:
 
 
 def pad_parts(weight: Array, parts: tuple[int, int]) -> Array:
-    """Pad a matrix (O, I) of parts[0] × parts[1] equal blocks so that blocks are multiples of 32."""
+    """Pad a matrix (O, I) of parts[0] × parts[1] equal blocks, each up to multiples of 32."""
     outputs, inputs = (size // count for size, count in zip(weight.shape, parts, strict=True))
     blocks = weight.reshape(parts[0], outputs, parts[1], inputs)
     extra = [(0, 0), (0, _padded(outputs) - outputs), (0, 0), (0, _padded(inputs) - inputs)]
@@ -525,7 +525,7 @@ class CompiledModel:
     ) -> tuple[Array, Array]:
         """Draw and read n tokens a row: uniforms (B, n) → tokens (B, n) and their bits (B, n).
 
-        ``seen (B, V)`` bool marks what the repetition penalty holds down, and is brought up to date.
+        ``seen (B, V)`` bool marks what the repetition penalty holds down; drawn tokens join it.
         """
         tokens = np.zeros(uniforms.shape, np.int64)
         bits = self._run(memory, tokens, 0, uniforms, config, seen)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 LANES = 16  # floats in a vector
 PANEL = 32  # outputs of a linear map that are computed together: two vectors
@@ -33,6 +33,7 @@ COLUMNS = 10
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
 _OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
+intrinsic: Any = extending.intrinsic  # what it returns takes one argument less than it decorates
 f32 = np.float32
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()

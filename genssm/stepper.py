@@ -74,13 +74,14 @@ def check_choice(kind: str, weights: str) -> None:
 def load_kernels() -> ModuleType:
     """The module ``simd``; its compiled code is kept beside it or in the user's cache folder."""
     try:
-        import numba
+        from numba.core import config
     except ImportError as error:
         raise UnsupportedError(f"numba cannot be imported ({error}); pip install numba") from error
     try:
         from genssm import simd
     except RuntimeError:  # no folder for numba's cache: compile anew in this process
-        numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
+        settings: Any = config
+        settings.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
         from genssm import simd
     return simd
 
@@ -212,11 +213,17 @@ class _Program:
     matrices: list[Array] = field(default_factory=list)
     n_constants: int = 0
     n_bytes: int = 0
+    kept: list[tuple[int, int]] = field(default_factory=list)  # regions that outlast a step
 
     def reserve(self, width: int) -> int:
         """A region of so many floats a row."""
         self.size += _padded(width)
         return self.size - _padded(width)
+
+    def keep(self, width: int) -> int:
+        """A region, as ``reserve``, that holds a state."""
+        self.kept.append((self.reserve(width), _padded(width)))
+        return self.kept[-1][0]
 
     def constant(self, *arrays: Array) -> int:
         """Arrays one behind the other; returns the place of the first."""
@@ -307,9 +314,14 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     return prediction
 
 
+def _complex(pairs: Tensor) -> Array:
+    """The factors (…, 2) of real and imaginary parts, as complex numbers (…)."""
+    return torch.view_as_complex(pairs).numpy()
+
+
 def _by_lanes(*parts: Array) -> Array:
-    """Arrays (H, n) → (H / 16, n, len(parts), 16): constants of 16 features at a time."""
-    stacked = np.stack(parts, -1)
+    """Complex (H, n) → (H / 16, n, 2 len(parts), 16), real and imaginary parts in turn."""
+    stacked = np.stack([part for c in parts for part in (np.real(c), np.imag(c))], -1)
     return stacked.reshape(-1, 16, *stacked.shape[1:]).transpose(0, 2, 3, 1)
 
 
@@ -326,21 +338,19 @@ def _space(program: _Program, layer: Any, u: int, y: int) -> _Space:
     width = _padded(H)
     more = [(0, width - H), (0, 0)]
     a, b = (np.pad(_numpy(t), more) for t in (layer.a, layer.b))
-    c = np.pad(_numpy(layer.c), [*more, (0, 0)])  # (H, n, 2)
+    c = np.pad(_complex(layer.c), more)
     D = program.features(_numpy(layer.D))
-    state = program.reserve(2 * width * n)
+    state = program.keep(2 * width * n)
     if layer.p is None or layer.q is None:
-        scaled = (c[..., 0] - 1j * c[..., 1]).astype(np.complex128) * b
-        table = program.constant(D, _by_lanes(a.real, a.imag, scaled.real, -scaled.imag))
+        scaled = c.conj().astype(np.complex128) * b
+        table = program.constant(D, _by_lanes(a, scaled.conj()))
         program.emit(program.simd.DIAGONAL, u, y, width, table, size=n, extra=state)
         return _Space(state, (H, n), _numpy(layer.b))
     rank = layer.p.shape[1]
     wide = [(0, width - H), (0, 0), (0, 0)]
-    p, q = np.pad(_numpy(layer.p), wide), np.pad(_numpy(layer.q), [*wide, (0, 0)])
-    parts = [_by_lanes(a.real, a.imag, b.real, b.imag, c[..., 0], c[..., 1])]
-    parts += [
-        _by_lanes(p[:, r].real, p[:, r].imag, q[:, r, :, 0], q[:, r, :, 1]) for r in range(rank)
-    ]
+    p, q = np.pad(_numpy(layer.p), wide), np.pad(_complex(layer.q), wide)
+    parts = [_by_lanes(a, b, c)]
+    parts += [_by_lanes(p[:, r], q[:, r]) for r in range(rank)]
     chunks = np.concatenate([part.reshape(width // 16, -1) for part in parts], 1)
     table = program.constant(D, chunks)
     program.emit(program.simd.LOW_RANK, u, y, width, table, size=n, extra=state, more=rank)
@@ -383,7 +393,7 @@ def _pool(
 ) -> _Group:
     stride, (d_inner, joined) = pool.stride, pool.down.weight.shape
     width = _padded(joined // stride)
-    group, queue = program.reserve(stride * width), program.reserve(stride * width)
+    group, queue = program.keep(stride * width), program.keep(stride * width)
     inner = program.reserve(d_inner)
     entry = len(program.lines)
     program.emit(program.simd.POOL, group, x, width, size=stride, extra=queue, more=period)
@@ -398,7 +408,7 @@ def _head(program: _Program, model: RecurrentModel, u: int, prediction: int) -> 
     """Features u to logits; returns their region and its padded width."""
     head, size = model.head, model.config.n_outputs
     width = _padded(size)
-    logits = program.reserve(width)
+    logits = program.keep(width)
     if not isinstance(head, Logistics):
         never = float(program.simd.NEVER)
         program.dense(head.linear, u, logits, bias_padding=never)
@@ -466,7 +476,7 @@ class CompiledModel:
         self._slots = _stack(program, self.model.stack, x, room, 1)
         program.norm(self.model.norm, x, room[0])
         self._logits, self._width = _head(program, self.model, room[0], prediction)
-        self._size = program.size
+        self._size, self._kept = program.size, program.kept
         self._lines = np.array(program.lines, np.int64)
         self._constants = _aligned(program.constants, np.float32)
         self._matrices = _aligned(program.matrices, np.uint8)
@@ -508,9 +518,12 @@ class CompiledModel:
         return torch.from_numpy(rows[:, : self.config.n_outputs].copy())
 
     def rows(self, memory: Memory, index: list[int]) -> Memory:
-        """The memory of the batch rows ``index``."""
-        state = self.save(memory).rows(torch.tensor(index, dtype=torch.int64))
-        return self.load(state, self.logits(memory)[index])
+        """A memory of the batch rows ``index``, to the last bit."""
+        work = zeros(self._size * len(index), np.float32)
+        result = Memory(memory.position, memory.history[index], work)
+        for offset, width in self._kept:
+            region(result, offset, width)[:] = region(memory, offset, width)[index]
+        return result
 
     def step(self, token: Tensor, memory: Memory) -> Tensor:
         """Read one token (B,) → logits (B, V) of the next."""

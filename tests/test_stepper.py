@@ -181,8 +181,14 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
     assert scipy.stats.chisquare(counts[p > 0], p[p > 0] * len(tokens)).pvalue > 1e-3
 
 
-def test_samples_do_not_depend_on_their_company(make_model: MakeModel) -> None:
-    """Tokens and bits, to the last digit, whatever the blocks and whoever leaves."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_samples_do_not_depend_on_their_company(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    if threads == 2:  # whatever the clock says, two parts are the faster
+        monkeypatch.setattr(CompiledGeneration, "_trial", lambda _, parts: 1 / len(parts) ** 2)
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     config = SamplingConfig(repetition_penalty=1.3)
 

@@ -37,7 +37,7 @@ class Sample:
     modality: str
     raw: Raw  # prompt and continuation: str, uint8 (H, W, C), or float32 (samples,)
     tokens: list[int]  # the drawn tokens, without the prompt
-    token_bits: list[float]  # exact bits of each drawn token under the model
+    token_bits: list[float]  # bits of each drawn token under the model, its weights as stepped
     seed: int
     index: int  # of this sample among ``count``
     finish: str  # "end" (by the model), "stop" (a stop string), "length" or "interrupted"
@@ -45,7 +45,7 @@ class Sample:
 
     @property
     def bits(self) -> float:
-        """Exact bits of all drawn tokens."""
+        """Bits of all drawn tokens."""
         return sum(self.token_bits)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probab
 from genssm.stepper import CompiledModel, Memory, block_sizes
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
-TRIAL = 4  # steps that are timed to choose the number of threads
+TRIAL = 128  # tokens that are timed to choose the number of threads
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -173,8 +172,11 @@ class CompiledGeneration:
         return [[drawn for part in step for drawn in part] for step in steps][::-1]
 
     def _shared_out(self, part: _Part) -> list[_Part]:
-        """The rows in one part, or in one for each core where a short trial is faster so."""
-        threads = min(os.cpu_count() or 1, len(part.held))
+        """The rows in one part, or in one a thread where a short trial is faster so.
+
+        At most as many threads as torch may use (OMP_NUM_THREADS).
+        """
+        threads = min(torch.get_num_threads(), len(part.held))
         if threads == 1:
             return [part]
         shares = [set(map(int, rows)) for rows in np.array_split(part.held, threads)]
@@ -184,11 +186,12 @@ class CompiledGeneration:
 
     def _trial(self, parts: list[_Part]) -> float:
         """Seconds that some steps take, on copies."""
+        steps = max(2, TRIAL // len(self.active))
         copies = [_Part(p.held, self.model.rows(p.memory, list(range(len(p.held)))), p.seen.copy())
                   for p in parts]  # fmt: skip
 
         def draw_part(part: _Part) -> None:
-            uniforms = np.full((len(part.held), TRIAL), 0.5)
+            uniforms = np.full((len(part.held), steps), 0.5)
             self.model.generate(part.memory, uniforms, self.config, part.seen)
 
         started = time.perf_counter()

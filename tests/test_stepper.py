@@ -186,7 +186,8 @@ def test_samples_do_not_depend_on_their_company(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
-    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     if threads == 2:  # whatever the clock says, two parts are the faster
         monkeypatch.setattr(CompiledGeneration, "_trial", lambda _, parts: 1 / len(parts) ** 2)
     compiled = CompiledModel(to_recurrent(make_model("pooled")))

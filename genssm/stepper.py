@@ -55,7 +55,7 @@ def choose(
     try:
         return CompiledModel(model, weights)
     except UnsupportedError as error:
-        warnings.warn(f"sampling is slow, without the compiled stepper: {error}", stacklevel=2)
+        warnings.warn(f"sampling runs eagerly, which is slower: {error}", stacklevel=2)
         return model
 
 
@@ -74,14 +74,14 @@ def check_choice(kind: str, weights: str) -> None:
 def load_kernels() -> ModuleType:
     """The module ``simd``; its compiled code is kept beside it or in the user's cache folder."""
     try:
-        from numba.core import config
+        import numba
     except ImportError as error:
         raise UnsupportedError(f"numba cannot be imported ({error}); pip install numba") from error
     try:
         from genssm import simd
     except RuntimeError:  # no folder for numba's cache: compile anew in this process
-        settings: Any = config
-        settings.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
+        settings: Any = numba
+        settings.config.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
         from genssm import simd
     return simd
 

@@ -133,13 +133,23 @@ def sample(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The same seed gives the same sample.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, eager (torch) or cpu (compiled, many times faster).")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="bf16, fp32 (exact) or int8 (fastest), for the compiled engine.")
+    ] = "bf16",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample text, pictures or sound; the model decides which."""
-    from genssm import files, pipeline
+    from genssm import files, pipeline, stepper
 
-    pipe = pipeline.load(model)
+    try:
+        stepper.check_choice(engine, weights)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    pipe = pipeline.load(model, engine, weights)
     if seconds is not None:
         if pipe.modality != "audio":
             raise UsageError(f"--seconds is for sound; {model!r} makes {pipe.modality}")
@@ -216,6 +226,8 @@ def _deliver(
 
 
 def _summarize(samples: list[Sample], output: Output) -> None:
+    from genssm.stepper import describe
+
     preview = (
         output.preview(samples) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
     )
@@ -225,7 +237,7 @@ def _summarize(samples: list[Sample], output: Output) -> None:
     speed = tokens / seconds if seconds else 0.0
     _note(
         f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
-        f"{bits / max(1, tokens):.2f} bits/token"
+        f"{bits / max(1, tokens):.2f} bits/token · {describe(output.pipe.stepper)}"
     )
 
 

@@ -1,19 +1,28 @@
-"""The sampling loop: one recurrent model, several samples of one prompt side by side."""
+"""The sampling loop: one model, several samples of one prompt side by side, eager or compiled."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
+from genssm.stepper import CompiledModel, Memory, block_sizes
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
+TRIAL = 128  # tokens that are timed to choose the number of threads
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,130 @@ class Generation:
             self._pending = self._pending[rows]
 
 
-def read(model: RecurrentModel, prompt: Tensor) -> tuple[Tensor, State]:
+@dataclass
+class _Part:
+    """Rows that one thread steps."""
+
+    held: list[int]  # the sample of each row
+    memory: Memory
+    seen: np.ndarray  # (B, V) bool, for the repetition penalty
+
+
+class CompiledGeneration:
+    """``Generation`` by the compiled loop: with float32 weights the same tokens from the same seed.
+
+    Blocks of tokens are drawn ahead of what ``step`` hands out. Samples that finish leave at the
+    next block. Rows may be shared out to threads; no sample depends on its company, to the last
+    bit.
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        prompt: Tensor,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        indices: range,
+    ) -> None:
+        self.model, self.config = model, config
+        self.active = list(range(len(indices)))
+        self._streams = [RandomStream(seed, i) for i in indices]
+        with one_thread():
+            logits, state = read(model, prompt)
+        rows = torch.zeros(len(indices), dtype=torch.int64)
+        seen = np.zeros((len(indices), logits.shape[-1]), np.bool_)
+        seen[:, prompt[prompt < logits.shape[-1]].numpy()] = True
+        memory = model.load(state.rows(rows), logits[rows])
+        self._parts = self._shared_out(_Part(list(self.active), memory, seen))
+        self._sizes = block_sizes()
+        self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
+
+    def step(self) -> list[Drawn]:
+        """Draw one token for every active sample."""
+        if not self.active:
+            return []
+        if not self._ahead:
+            active = set(self.active)
+            parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
+            self._parts = [part for part in parts if part.held]
+            self._ahead = self._drawn(self._parts, next(self._sizes))
+        active = set(self.active)
+        return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
+
+    def finish(self, samples: set[int]) -> None:
+        """Take samples out of the batch; the others go on as if nothing happened."""
+        self.active = [sample for sample in self.active if sample not in samples]
+
+    def _rows(self, part: _Part, samples: set[int]) -> _Part:
+        if len(samples) == len(part.held):
+            return part
+        rows = [row for row, sample in enumerate(part.held) if sample in samples]
+        held = [part.held[row] for row in rows]
+        return _Part(held, self.model.rows(part.memory, rows), part.seen[rows])
+
+    def _drawn(self, parts: list[_Part], size: int) -> list[list[Drawn]]:
+        """The next ``size`` steps of all samples, the last first."""
+
+        def draw_part(part: _Part) -> list[list[Drawn]]:
+            uniforms = np.array([[self._streams[i].next() for _ in range(size)] for i in part.held])
+            tokens, bits = self.model.generate(part.memory, uniforms, self.config, part.seen)
+            steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
+            return [[Drawn(*d) for d in zip(part.held, *step, strict=True)] for step in steps]
+
+        steps = zip(*in_threads(draw_part, parts), strict=True)
+        return [[drawn for part in step for drawn in part] for step in steps][::-1]
+
+    def _shared_out(self, part: _Part) -> list[_Part]:
+        """The rows in one part, or in one a thread where a short trial is faster so.
+
+        At most as many threads as torch may use (OMP_NUM_THREADS).
+        """
+        threads = min(torch.get_num_threads(), len(part.held))
+        if threads == 1:
+            return [part]
+        shares = [set(map(int, rows)) for rows in np.array_split(part.held, threads)]
+        together, apart = [part], [self._rows(part, share) for share in shares]
+        self._trial(together)  # loads the compiled code
+        return apart if self._trial(apart) < 0.8 * self._trial(together) else together
+
+    def _trial(self, parts: list[_Part]) -> float:
+        """Seconds that some steps take, on copies."""
+        steps = max(2, TRIAL // len(self.active))
+        copies = [_Part(p.held, self.model.rows(p.memory, list(range(len(p.held)))), p.seen.copy())
+                  for p in parts]  # fmt: skip
+
+        def draw_part(part: _Part) -> None:
+            uniforms = np.full((len(part.held), steps), 0.5)
+            self.model.generate(part.memory, uniforms, self.config, part.seen)
+
+        started = time.perf_counter()
+        in_threads(draw_part, copies)
+        return time.perf_counter() - started
+
+
+def in_threads(function: Callable[[T], R], items: list[T]) -> list[R]:
+    """``function`` of every item, each in a thread of its own."""
+    if len(items) == 1:
+        return [function(items[0])]
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(function, items))
+
+
+def begin(
+    model: RecurrentModel | CompiledModel,
+    prompt: Tensor,
+    config: SamplingConfig,
+    *,
+    seed: int,
+    indices: range,
+) -> Generation | CompiledGeneration:
+    """Samples that continue a prompt, by the loop that fits the model."""
+    loop = CompiledGeneration if isinstance(model, CompiledModel) else Generation
+    return loop(model, prompt, config, seed=seed, indices=indices)  # type: ignore[arg-type]
+
+
+def read(model: RecurrentModel | CompiledModel, prompt: Tensor) -> tuple[Tensor, State]:
     """Read a prompt (L,) in parallel, in pieces → logits (1, V) of the next token, state."""
     if len(prompt) == 0:
         raise ValueError("a prompt needs at least its start token")

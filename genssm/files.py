@@ -14,6 +14,7 @@ from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.pipeline import Pipeline, Sample
+from genssm.stepper import describe
 
 
 def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
@@ -130,6 +131,7 @@ class Output:
             "seconds": round(sample.seconds, 4),
             "tokens_per_second": round(sample.tokens_per_second, 1),
             "bits": round(sample.bits, 4),
+            "engine": describe(self.pipe.stepper),
         }
 
     def preview(self, samples: list[Sample]) -> str:

@@ -16,10 +16,11 @@ from genssm import checkpoint as checkpoints
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.engine import Generation
+from genssm.engine import begin
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import SamplingConfig, new_seed
+from genssm.stepper import WEIGHTS, CompiledModel, choose
 
 # Settings that make good samples; the likelihood itself is at temperature 1 without filters.
 DEFAULTS = {
@@ -37,7 +38,7 @@ class Sample:
     modality: str
     raw: Raw  # prompt and continuation: str, uint8 (H, W, C), or float32 (samples,)
     tokens: list[int]  # the drawn tokens, without the prompt
-    token_bits: list[float]  # exact bits of each drawn token under the model
+    token_bits: list[float]  # bits of each drawn token under the model, its weights as stepped
     seed: int
     index: int  # of this sample among ``count``
     finish: str  # "end" (by the model), "stop" (a stop string), "length" or "interrupted"
@@ -45,7 +46,7 @@ class Sample:
 
     @property
     def bits(self) -> float:
-        """Exact bits of all drawn tokens."""
+        """Bits of all drawn tokens."""
         return sum(self.token_bits)
 
     @property
@@ -67,7 +68,7 @@ class Session:
 
     def __init__(
         self,
-        model: RecurrentModel,
+        model: RecurrentModel | CompiledModel,
         codec: Codec,
         prompt: Tensor,
         config: SamplingConfig,
@@ -86,7 +87,7 @@ class Session:
         self.finish = ["interrupted"] * len(indices)
         self._text = [""] * len(indices)  # continuation so far, for the stop strings
         self._decoders = [codec.decoder() for _ in indices]
-        self._generation = Generation(model, prompt, config, seed=seed, indices=indices)
+        self._generation = begin(model, prompt, config, seed=seed, indices=indices)
         if max_tokens == 0:
             self._finish(dict.fromkeys(self._generation.active, "length"))
 
@@ -162,11 +163,19 @@ class Pipeline:
     """A checkpoint ready for use.
 
     ``model`` (convolution), ``recurrent`` (the same map as a recurrence), ``codec``
-    (raw ↔ tokens), ``config`` (the content of config.json).
+    (raw ↔ tokens), ``config`` (the content of config.json), ``stepper`` (what draws samples:
+    ``engine`` "eager", "cpu" (compiled) or "auto", the faster; for the compiled one ``weights``
+    "bf16", "fp32" or "int8").
     """
 
-    def __init__(self, name: str, checkpoint: checkpoints.Checkpoint) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        checkpoint: checkpoints.Checkpoint,
+        engine: str = "auto",
+        weights: str = WEIGHTS[0],
+    ) -> None:
+        self.name, self.engine, self.weights = name, engine, weights
         self.model: SequenceModel = checkpoint.model
         self.codec: Codec = checkpoint.codec
         self.config: dict[str, Any] = checkpoint.to_config()
@@ -175,6 +184,11 @@ class Pipeline:
     def recurrent(self) -> RecurrentModel:
         """The model as a recurrence, converted on first use."""
         return to_recurrent(self.model)
+
+    @cached_property
+    def stepper(self) -> RecurrentModel | CompiledModel:
+        """What draws samples; see ``stepper.choose``."""
+        return choose(self.recurrent, self.engine, self.weights)
 
     @property
     def modality(self) -> str:
@@ -218,7 +232,7 @@ class Pipeline:
         )
         tokens = self.prompt_tokens(prompt, label=label, keep_rows=keep_rows)
         return Session(
-            self.recurrent,
+            self.stepper,
             self.codec,
             tokens,
             config,
@@ -328,9 +342,11 @@ class Pipeline:
         return evaluate(self.model, self.codec, examples, limit)
 
 
-def load(name: str | Path) -> Pipeline:
+def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> Pipeline:
     """Load a model by shipped name, checkpoint folder or Hugging Face id.
+
+    ``engine`` and ``weights`` choose what draws samples: see ``Pipeline``.
 
     Raises CheckpointError, a ValueError, that says what is wrong and what to do.
     """
-    return Pipeline(str(name), checkpoints.load(name))
+    return Pipeline(str(name), checkpoints.load(name), engine, weights)

@@ -87,6 +87,16 @@ def test_json_prints_one_line_per_sample(run, folders) -> None:
         assert {"model", "prompt", "text", "seconds", "tokens_per_second"} <= set(line)
 
 
+def test_the_engine_can_be_chosen_and_is_named(run, folders) -> None:
+    choices = {"cpu bf16": (), "cpu int8": ("--weights", "int8"), "eager": ("--engine", "eager")}
+    for name, options in choices.items():
+        result = run("sample", "-m", folders["text"], "--max-tokens", 3, "--json", *options)
+        assert json.loads(result.stdout)["engine"] == name
+    result = run("sample", "-m", folders["text"], "--max-tokens", 3, "--weights", "fp8")
+    assert result.exit_code == 2
+    assert "weights must be one of bf16, fp32, int8; got 'fp8'" in result.stderr
+
+
 def test_pictures_go_to_a_grid(run, folders, tmp_path) -> None:
     import PIL.Image
 
@@ -283,7 +293,7 @@ def test_ctrl_c_saves_the_partial_picture(
         "image", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs, image_shape=(200, 200, 3)
     )
     save(Checkpoint(model, codec), tmp_path / "slow")
-    process = start("sample", "-m", "slow", "-o", "a.png", cwd=tmp_path)
+    process = start("sample", "-m", "slow", "-o", "a.png", "--engine", "eager", cwd=tmp_path)
     time.sleep(6)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -31,7 +31,7 @@ def pipes(
         model = make_model(
             kind, vocab_size=codec.vocab_size, n_outputs=codec.n_outputs, d_model=widths[modality]
         )
-        result[modality] = Pipeline(modality, Checkpoint(model, codec))
+        result[modality] = Pipeline(modality, Checkpoint(model, codec), weights="fp32")
     return result
 
 

@@ -27,6 +27,8 @@ ORDER = (
     "train",
     "benchmark",
     "sampling",
+    "simd",
+    "stepper",
     "engine",
     "pipeline",
     "inspection",

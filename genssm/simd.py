@@ -1,0 +1,847 @@
+"""The compiled sampling loop: a program of vector operations, run without the interpreter lock.
+
+One function, ``run``, interprets the program that ``stepper`` makes of a converted model: every
+architecture shares one compilation, which numba keeps on disk. Vectors of 16 floats are explicit;
+LLVM maps them to AVX-512, AVX2, NEON or plain registers. Every sum has one order, whatever the
+batch, so that a row's result does not depend on its company to the last bit.
+
+All floats that depend on the batch lie in one array ``work``: region r of a program begins at
+``r * batch`` and holds rows of a width that is a multiple of 32.
+"""
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import extending, njit, types
+from numba.core import cgutils
+from numba.extending import models, register_model
+
+LANES = 16  # floats in a vector
+PANEL = 32  # outputs of a linear map that are computed together: two vectors
+
+# Weights of a linear map, by kind: bytes of one input's weights in a panel.
+FP32, BF16, INT8 = 0, 1, 2
+PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32}
+
+# Operations, and the columns of the program that hold their arguments.
+EMBED, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK, SILU, GATE, ADD, POOL, LOGISTICS = range(
+    12
+)
+COLUMNS = 10
+NEVER = np.float32(-1e30)  # the logit of padding, which is no token
+
+_OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
+intrinsic: Any = extending.intrinsic  # what it returns takes one argument less than it decorates
+f32 = np.float32
+
+_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_BYTES = ir.VectorType(_I8, LANES)
+_ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+
+
+class Vector(types.Type):
+    """16 floats in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """How numba holds a ``Vector``: as LLVM does."""
+
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+vector = Vector()
+
+
+# Vector operations: each intrinsic is one LLVM instruction or two.
+
+
+def _words(value: int) -> ir.Constant:
+    return ir.Constant(_WORDS, [value] * LANES)
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any, fastmath: Any = ()) -> Any:
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, arguments, fastmath=fastmath)
+
+
+def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _load(builder: Any, pointer: Any, index: Any, kind: Any) -> Any:
+    address = builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
+    return builder.load(address, align=4 if kind is not _BYTES else 1)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), _words(0))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "llvm.fmuladd.v16f32", _VECTOR, a, b, c)
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """array[index : index + 16]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        return _load(builder, pointer, arguments[1], _VECTOR)
+
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index : index + 16] = value."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        address = builder.gep(pointer, [arguments[1]])
+        builder.store(arguments[2], builder.bitcast(address, _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def splat(typing: Any, value: Any) -> Any:
+    """One float in all lanes."""
+    return vector(types.float32), lambda context, builder, signature, a: _splat(builder, a[0])
+
+
+@intrinsic
+def ramp(typing: Any) -> Any:
+    """0, 1, …, 15."""
+    lanes = ir.Constant(_VECTOR, [float(i) for i in range(LANES)])
+    return vector(), lambda context, builder, signature, a: lanes
+
+
+def _elementwise(arity: int, emit: Any) -> Any:
+    """An intrinsic of so many vectors that gives a vector; ``emit(builder, *values)``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return emit(builder, *arguments)
+
+    signature = vector(*[vector] * arity)
+    if arity == 1:
+        return intrinsic(lambda typing, a: (signature, generate))
+    if arity == 2:
+        return intrinsic(lambda typing, a, b: (signature, generate))
+    return intrinsic(lambda typing, a, b, c: (signature, generate))
+
+
+def _power_of_two(builder: Any, n: Any) -> Any:
+    exponent = builder.add(builder.fptosi(n, _WORDS), _words(127))
+    return builder.bitcast(builder.shl(exponent, _words(23)), _VECTOR)
+
+
+def _exponent(builder: Any, x: Any) -> Any:
+    bits = builder.lshr(builder.bitcast(x, _WORDS), _words(23))
+    return builder.sitofp(builder.sub(bits, _words(127)), _VECTOR)
+
+
+def _mantissa(builder: Any, x: Any) -> Any:
+    bits = builder.and_(builder.bitcast(x, _WORDS), _words(0x7FFFFF))
+    return builder.bitcast(builder.or_(bits, _words(0x3F800000)), _VECTOR)
+
+
+add = _elementwise(2, lambda builder, a, b: builder.fadd(a, b))
+sub = _elementwise(2, lambda builder, a, b: builder.fsub(a, b))
+mul = _elementwise(2, lambda builder, a, b: builder.fmul(a, b))
+div = _elementwise(2, lambda builder, a, b: builder.fdiv(a, b))
+fma = _elementwise(3, _fma)  # a * b + c, rounded once where the processor can
+larger = _elementwise(2, lambda builder, a, b: _call(builder, "llvm.maxnum.v16f32", _VECTOR, a, b))
+smaller = _elementwise(2, lambda builder, a, b: _call(builder, "llvm.minnum.v16f32", _VECTOR, a, b))
+magnitude = _elementwise(1, lambda builder, a: _call(builder, "llvm.fabs.v16f32", _VECTOR, a))
+nearest = _elementwise(1, lambda builder, a: _call(builder, "llvm.rint.v16f32", _VECTOR, a))
+power_of_two = _elementwise(1, _power_of_two)  # 2^n of whole n
+exponent = _elementwise(1, _exponent)  # e of x = m · 2^e, 1 <= m < 2, for normal x > 0
+mantissa = _elementwise(1, _mantissa)  # m of the same
+
+
+@intrinsic
+def total(typing: Any, value: Any) -> Any:
+    """The sum of the lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = "llvm.vector.reduce.fadd.v16f32"
+        return _call(builder, name, _F32, _F32(0.0), arguments[0], fastmath=("reassoc",))
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def largest(typing: Any, value: Any) -> Any:
+    """The largest lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = "llvm.vector.reduce.fmax.v16f32"
+        return _call(builder, name, _F32, arguments[0], fastmath=("nnan",))
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def flush_denormals(typing: Any) -> Any:
+    """Treat denormals as zero in this thread; returns the former control word (x86 only)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return _I32(0)
+        word = cgutils.alloca_once(builder, _I32)
+        pointer = builder.bitcast(word, _I8.as_pointer())
+        _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), pointer)
+        before = builder.load(word)
+        builder.store(builder.or_(before, _I32(0x8040)), word)  # flush to zero, denormals are zero
+        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), pointer)
+        return before
+
+    return types.int32(), generate
+
+
+@intrinsic
+def restore_denormals(typing: Any, word: Any) -> Any:
+    """Undo ``flush_denormals``, given its result."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            place = cgutils.alloca_once_value(builder, arguments[0])
+            pointer = builder.bitcast(place, _I8.as_pointer())
+            _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), pointer)
+        return context.get_dummy_value()
+
+    return types.void(types.int32), generate
+
+
+# Linear maps: tiles of rows × panels whose sums stay in registers.
+
+
+def _weights(builder: Any, kind: int, address: Any) -> tuple[Any, Any]:
+    """The weights of one input in a panel, as two vectors."""
+    if kind == FP32:
+        return _load(builder, address, _I64(0), _VECTOR), _load(builder, address, _I64(64), _VECTOR)
+    if kind == BF16:  # output j in the low half of word j, output j + 16 in the high half
+        words = _load(builder, address, _I64(0), _WORDS)
+        low, high = builder.shl(words, _words(16)), builder.and_(words, _words(0xFFFF0000))
+        return builder.bitcast(low, _VECTOR), builder.bitcast(high, _VECTOR)
+    halves = [_load(builder, address, _I64(i), _BYTES) for i in (0, LANES)]
+    low, high = (builder.sitofp(builder.sext(half, _WORDS), _VECTOR) for half in halves)
+    return low, high
+
+
+def _sums(
+    builder: Any, kind: int, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
+) -> list[Any]:
+    """Σ_i weight[panel, i] x[row, i] by panel, row and half; the loop over i, in this order."""
+    size = PANEL_BYTES[kind]
+    before = builder.block
+    loop = builder.append_basic_block("inputs")
+    after = builder.append_basic_block("outputs")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(_I64)
+    i.add_incoming(_I64(0), before)
+    sums = [builder.phi(_VECTOR) for _ in range(panels * rows * 2)]
+    places = [builder.add(builder.mul(stride, _I64(row)), i) for row in range(rows)]
+    values = [_splat(builder, builder.load(builder.gep(x, [place]))) for place in places]
+    result = []
+    for panel in range(panels):
+        skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(size))
+        offset = builder.add(skipped, builder.mul(i, _I64(size)))
+        pair = _weights(builder, kind, builder.gep(matrix, [offset]))
+        for value in values:
+            result += [_fma(builder, w, value, sums[len(result) + half])
+                       for half, w in enumerate(pair)]  # fmt: skip
+    for phi, value in zip(sums, result, strict=True):
+        phi.add_incoming(_ZERO, before)
+        phi.add_incoming(value, builder.block)
+    following = builder.add(i, _I64(1))
+    i.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, inputs), loop, after)
+    builder.position_at_end(after)
+    return result
+
+
+def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
+    """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
+    matrix, x, inputs, y, outputs, table = places
+    sums = iter(_sums(builder, kind, rows, panels, matrix, x, inputs, inputs))
+    for panel in range(panels):
+        for row in range(rows):
+            for half in range(2):
+                column = _I64(panel * PANEL + half * LANES)
+                bias = _load(builder, table, column, _VECTOR)
+                scale = _load(builder, table, builder.add(column, outputs), _VECTOR)
+                place = builder.add(builder.mul(outputs, _I64(row)), column)
+                address = builder.bitcast(builder.gep(y, [place]), _VECTOR.as_pointer())
+                builder.store(_fma(builder, next(sums), scale, bias), address, align=4)
+
+
+# Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
+# sixteen, with the weights and values, fill the 32 registers of AVX-512.
+TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 1))
+
+
+@intrinsic
+def tile(
+    typing, rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table
+):  # fmt: skip
+    """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
+    results and the biases begin; scales lie ``outputs`` behind the biases. Rows of x are
+    ``inputs`` long, rows of y ``outputs``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table = (
+            arguments
+        )
+        matrix = builder.gep(_data(context, builder, signature.args[3], matrices), [matrix])
+        memory = _data(context, builder, signature.args[5], work)
+        table = builder.gep(_data(context, builder, signature.args[10], constants), [table])
+        places = (
+            matrix,
+            builder.gep(memory, [x]),
+            inputs,
+            builder.gep(memory, [y]),
+            outputs,
+            table,
+        )
+        shape = builder.add(builder.mul(rows, _I64(8)), panels)
+        for size in TILES:
+            with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
+                for chosen in PANEL_BYTES:
+                    with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
+                        _tile(builder, chosen, *size, *places)
+        return context.get_dummy_value()
+
+    n = types.intp
+    return types.void(n, n, n, matrices, n, work, n, n, n, n, constants, n), generate
+
+
+@njit(**_OPTIONS)
+def linear(
+    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, batch
+):  # fmt: skip
+    """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
+
+    ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8. A sum runs over the inputs
+    in order whatever the tile. Four panels stay in the cache while they meet all rows.
+    """
+    size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
+    end = outputs // PANEL
+    for first in range(0, end, 4):
+        row = 0
+        while row < batch:
+            left = batch - row
+            rows, together = 1, 4 if wide else 1
+            if left >= 2:
+                rows, together = 2, 2 if wide else 1
+            if left >= 4 and wide:
+                rows, together = (8 if left >= 8 else 4), 1
+            panel, last = first, min(first + 4, end)
+            while panel < last:
+                panels = together if panel + together <= last else 1
+                tile(rows, panels, kind, matrices, matrix + panel * size, work, x + row * inputs,
+                     inputs, y + row * outputs + panel * PANEL, outputs, constants,
+                     table + panel * PANEL)  # fmt: skip
+                panel += panels
+            row += rows
+
+
+# Functions of vectors.
+
+
+@njit(**_OPTIONS)
+def exp(x):
+    """e^x to about one unit in the last place, x clamped to [-87, 88] (Cephes expf)."""
+    x = larger(smaller(x, splat(f32(88.0))), splat(f32(-87.0)))
+    n = nearest(mul(x, splat(f32(1.44269504))))
+    r = fma(n, splat(f32(-0.693359375)), x)  # x - n log 2, in two parts
+    r = fma(n, splat(f32(2.12194440e-4)), r)
+    p = splat(f32(1.9875691500e-4))
+    p = fma(p, r, splat(f32(1.3981999507e-3)))
+    p = fma(p, r, splat(f32(8.3334519073e-3)))
+    p = fma(p, r, splat(f32(4.1665795894e-2)))
+    p = fma(p, r, splat(f32(1.6666665459e-1)))
+    p = fma(p, r, splat(f32(0.5)))
+    p = fma(p, mul(r, r), add(r, splat(f32(1.0))))
+    return mul(p, power_of_two(n))
+
+
+@njit(**_OPTIONS)
+def log(x):
+    """The natural logarithm of normal x > 0: 2 artanh((m - 1) / (m + 1)) + e log 2."""
+    e, m = exponent(x), mantissa(x)  # m on [1, 2)
+    s = div(sub(m, splat(f32(1.41421356))), add(m, splat(f32(1.41421356))))  # |s| < 0.172
+    q = mul(s, s)
+    p = splat(f32(2.0 / 9))
+    p = fma(p, q, splat(f32(2.0 / 7)))
+    p = fma(p, q, splat(f32(2.0 / 5)))
+    p = fma(p, q, splat(f32(2.0 / 3)))
+    p = fma(p, q, splat(f32(2.0)))
+    return fma(add(e, splat(f32(0.5))), splat(f32(0.693147181)), mul(p, s))
+
+
+@njit(**_OPTIONS)
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    one = splat(f32(1.0))
+    return div(one, add(one, exp(sub(splat(f32(0.0)), x))))
+
+
+# The operations of a program.
+
+
+@njit(**_OPTIONS)
+def norm(work, source, target, width, size, constants, table):
+    """Layer norm of one row: ``size`` features, the others up to ``width`` are zero."""
+    sums = splat(f32(0.0))
+    for i in range(0, width, LANES):
+        sums = add(sums, load(work, source + i))
+    mean = total(sums) / f32(size)
+    centre, squares = splat(mean), splat(f32(0.0))
+    for i in range(0, width, LANES):
+        d = sub(load(work, source + i), centre)
+        squares = fma(d, d, squares)
+    variance = (total(squares) - f32(width - size) * mean * mean) / f32(size)
+    scale = splat(f32(1.0) / np.sqrt(variance + f32(1e-5)))
+    for i in range(0, width, LANES):
+        d = mul(sub(load(work, source + i), centre), scale)
+        scaled = fma(d, load(constants, table + i), load(constants, table + width + i))
+        store(work, target + i, scaled)
+
+
+@njit(**_OPTIONS)
+def diagonal(work, source, target, width, pairs, state, constants, table, batch):
+    """z = a z + u, y = silu(Re c·z + D u) for 16 features at a time (S4D).
+
+    ``table``: D (width,), then Re a, Im a, Re c, -Im c (pairs, 4, 16) of each 16 features. State:
+    Re z, Im z (pairs, 2, 16) of each 16 features.
+    """
+    for feature in range(0, width, LANES):
+        d = load(constants, table + feature)
+        first = table + width + feature * pairs * 4
+        for row in range(batch):
+            u = load(work, source + row * width + feature)
+            z = state + (row * width + feature) * pairs * 2
+            real, imag = mul(d, u), splat(f32(0.0))
+            for n in range(pairs):
+                k, w = first + n * 64, z + n * 32
+                ar, ai = load(constants, k), load(constants, k + 16)
+                zr, zi = load(work, w), load(work, w + 16)
+                xr = fma(ar, zr, sub(u, mul(ai, zi)))
+                xi = fma(ar, zi, mul(ai, zr))
+                store(work, w, xr)
+                store(work, w + 16, xi)
+                real = fma(load(constants, k + 32), xr, real)
+                imag = fma(load(constants, k + 48), xi, imag)
+            y = add(real, imag)
+            store(work, target + row * width + feature, mul(y, sigmoid(y)))
+
+
+@njit(**_OPTIONS)
+def low_rank(work, source, target, width, pairs, rank, state, constants, table, batch, scratch):
+    """x = a x - Σ p_r (q_r·x) + b u, y = silu(c·x + D u) for 16 features at a time (S4).
+
+    ``table``: D (width,), then for each 16 features a, b, c (pairs, 6, 16) and for each r p, q
+    (pairs, 4, 16), real and imaginary parts in turn, those of c and q as in a real dot product.
+    """
+    per_feature = pairs * (6 + 4 * rank)
+    zero = splat(f32(0.0))
+    for feature in range(0, width, LANES):
+        d = load(constants, table + feature)
+        first = table + width + feature * per_feature
+        low = first + pairs * 96
+        for row in range(batch):
+            u = load(work, source + row * width + feature)
+            x = state + (row * width + feature) * pairs * 2
+            for r in range(rank):
+                real, imag = zero, zero
+                for n in range(pairs):
+                    k, w = low + (r * pairs + n) * 64, x + n * 32
+                    real = fma(load(constants, k + 32), load(work, w), real)
+                    imag = fma(load(constants, k + 48), load(work, w + 16), imag)
+                store(scratch, r * LANES, sub(zero, add(real, imag)))
+            real, imag = mul(d, u), zero
+            for n in range(pairs):
+                k, w = first + n * 96, x + n * 32
+                ar, ai = load(constants, k), load(constants, k + 16)
+                zr, zi = load(work, w), load(work, w + 16)
+                xr = fma(load(constants, k + 32), u, sub(mul(ar, zr), mul(ai, zi)))
+                xi = fma(load(constants, k + 48), u, fma(ar, zi, mul(ai, zr)))
+                for r in range(rank):
+                    j, qx = low + (r * pairs + n) * 64, load(scratch, r * LANES)
+                    xr = fma(load(constants, j), qx, xr)
+                    xi = fma(load(constants, j + 16), qx, xi)
+                store(work, w, xr)
+                store(work, w + 16, xi)
+                real = fma(load(constants, k + 64), xr, real)
+                imag = fma(load(constants, k + 80), xi, imag)
+            y = add(real, imag)
+            store(work, target + row * width + feature, mul(y, sigmoid(y)))
+
+
+@njit(**_OPTIONS)
+def pointwise(code, work, source, target, width, batch):
+    """SILU: y = silu(y). ADD: y += x. GATE: y += x[:width] · sigmoid(x[width:])."""
+    for row in range(batch):
+        for i in range(row * width, row * width + width, LANES):
+            y = load(work, target + i)
+            if code == SILU:
+                y = mul(y, sigmoid(y))
+            elif code == ADD:
+                y = add(y, load(work, source + i))
+            else:
+                x = source + row * width + i  # rows of x are twice as wide
+                y = fma(load(work, x), sigmoid(load(work, x + width)), y)
+            store(work, target + i, y)
+
+
+@njit(**_OPTIONS)
+def gather_taps(work, target, width, history, taps, prediction, phases, constants, table, position):
+    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction."""
+    last = history.shape[1]
+    for row in range(history.shape[0]):
+        predicted = f32(0.0)
+        for k in range(len(taps)):
+            token = history[row, last - taps[k]]
+            value = f32(0.0)
+            if 0 <= token <= 255:
+                value = f32(token) * f32(2 / 255) - f32(1.0)
+            work[target + row * width + k] = value
+            if table >= 0:
+                predicted += value * constants[table + position % phases * width + k]
+        if table >= 0:
+            work[prediction + row * PANEL] = predicted
+
+
+@njit(**_OPTIONS)
+def mixture(work, source, prediction, mixtures, half, scratch):
+    """The parameters of a mixture of logistics, made of the head's outputs; see model.Logistics.
+
+    In ``scratch``, 16 places each: log-weights, means, inverse scales, and the log-weights plus
+    that part of an inner bin's log-mass which is the same in all bins.
+    """
+    most, whole = -np.inf, 0.0
+    for k in range(mixtures):
+        most = max(most, work[source + k])
+    for k in range(mixtures):
+        whole += np.exp(work[source + k] - most)
+    for k in range(mixtures):
+        log_scale = min(max(work[source + 2 * mixtures + k] - 2.5, -7.0), 7.0)
+        inverse = np.exp(-log_scale)
+        scratch[k] = work[source + k] - most - np.log(whole)
+        scratch[16 + k] = work[prediction] + 0.3 * work[source + mixtures + k]
+        scratch[32 + k] = inverse
+        scratch[48 + k] = scratch[k] + np.log(-np.expm1(-2 * half * inverse))
+
+
+@njit(**_OPTIONS)
+def inner_bins(value, half, mixtures, scratch):
+    """Log-masses of the bins around 16 values.
+
+    A bin's mass is sigmoid(p) sigmoid(q) (1 - exp(-2 half s)), s the inverse scale and p, q the
+    distances of its edges from the mean times s.
+    """
+    zero, one, h = splat(f32(0.0)), splat(f32(1.0)), splat(f32(half))
+    peak = splat(f32(-1e30))
+    for k in range(mixtures):
+        c, s = sub(value, splat(scratch[16 + k])), splat(scratch[32 + k])
+        p, q = mul(add(c, h), s), mul(sub(h, c), s)
+        level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[48 + k]))
+        peak = larger(peak, level)
+    mass = zero
+    for k in range(mixtures):
+        c, s = sub(value, splat(scratch[16 + k])), splat(scratch[32 + k])
+        p, q = mul(add(c, h), s), mul(sub(h, c), s)
+        level = add(add(smaller(p, zero), smaller(q, zero)), splat(scratch[48 + k]))
+        left = add(one, exp(sub(zero, magnitude(p))))
+        right = add(one, exp(sub(zero, magnitude(q))))
+        mass = add(mass, div(exp(sub(level, peak)), mul(left, right)))
+    return add(peak, log(mass))
+
+
+@njit(**_OPTIONS)
+def outer_bin(sign, half, mixtures, scratch):
+    """Log-mass of the first (sign 1) or last (-1) bin, which reaches to infinity."""
+    peak, mass = -np.inf, 0.0
+    for _ in range(2):  # find the peak, then sum relative to it
+        mass = 0.0
+        for k in range(mixtures):
+            x = (half - 1.0 - sign * scratch[16 + k]) * scratch[32 + k]
+            level = scratch[k] + min(x, 0.0) - np.log1p(np.exp(-abs(x)))
+            peak = max(peak, level)
+            mass += np.exp(level - peak)
+    return peak + np.log(mass)
+
+
+@njit(**_OPTIONS)
+def logistics(work, source, target, prediction, size, width, mixtures, scratch):
+    """Log-probabilities of ``size`` values under a mixture of logistics: see model.Logistics."""
+    top = size - 1
+    half = 1.0 / top
+    mixture(work, source, prediction, mixtures, half, scratch)
+    one, spacing = splat(f32(1.0)), splat(f32(2 * half))
+    for v in range(0, width, LANES):
+        value = sub(mul(add(ramp(), splat(f32(v))), spacing), one)
+        store(work, target + v, inner_bins(value, half, mixtures, scratch))
+    work[target] = outer_bin(1.0, half, mixtures, scratch)
+    work[target + top] = outer_bin(-1.0, half, mixtures, scratch)
+    for v in range(size, width):
+        work[target + v] = NEVER
+
+
+@njit(**_OPTIONS)
+def embed(tokens, t, history, work, target, width, constants, table):
+    """The rows of the embedding; the token joins the history, the oldest leaves it."""
+    for row in range(history.shape[0]):
+        for k in range(1, history.shape[1]):
+            history[row, k - 1] = history[row, k]
+        token = tokens[row, t]
+        history[row, -1] = token
+        for i in range(0, width, LANES):
+            store(work, target + row * width + i, load(constants, table + token * width + i))
+
+
+@njit(**_OPTIONS)
+def add_position(position, rows, columns, channels, work, target, width, constants, table, batch):
+    """Add the embeddings of row, column and channel of a place in an image."""
+    row = table + min(position // (columns * channels), rows - 1) * width
+    column = table + (rows + position // channels % columns) * width
+    channel = table + (rows + columns + position % channels) * width
+    for b in range(batch):
+        for i in range(0, width, LANES):
+            x = add(load(work, target + b * width + i), load(constants, row + i))
+            x = add(add(x, load(constants, column + i)), load(constants, channel + i))
+            store(work, target + b * width + i, x)
+
+
+@njit(**_OPTIONS)
+def enter_pool(work, x, width, group, queue, stride, phase, batch):
+    """Keep the inputs of the group being filled; add what the last full group gives this one."""
+    for b in range(batch):
+        member = (b * stride + phase) * width
+        for i in range(0, width, LANES):
+            u = load(work, x + b * width + i)
+            store(work, group + member + i, u)
+            store(work, x + b * width + i, add(u, load(work, queue + member + i)))
+
+
+@njit(**_OPTIONS)
+def advance(  # noqa: PLR0912
+    program, wide, kind, matrices, constants, taps, work, history, tokens, t, position, scratch
+):  # fmt: skip
+    """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``."""
+    batch = history.shape[0]
+    line = 0
+    while line < len(program):
+        code, source, target = program[line, 0], program[line, 1], program[line, 2]
+        width, table, matrix = program[line, 3], program[line, 4], program[line, 5]
+        size, extra = program[line, 6], program[line, 7]
+        more, last = program[line, 8], program[line, 9]
+        line += 1
+        x, y = source * batch, target * batch
+        if code == EMBED:
+            embed(tokens, t, history, work, y, width, constants, table)
+        elif code == TAPS:  # source: the prediction; size: phases
+            gather_taps(work, y, width, history, taps, x, size, constants, table, position)
+        elif code == LINEAR:  # size: inputs; a phase has ``extra`` bytes and ``more`` constants
+            phase = position % last
+            linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
+                   constants, table + phase * more, batch)  # fmt: skip
+        elif code == POSITION:  # size, extra, more: rows, columns, channels
+            add_position(position, size, extra, more, work, y, width, constants, table, batch)
+        elif code == NORM:  # size: features that are no padding
+            for b in range(batch):
+                norm(work, x + b * width, y + b * width, width, size, constants, table)
+        elif code == DIAGONAL:  # size: pairs; extra: state
+            diagonal(work, x, y, width, size, extra * batch, constants, table, batch)
+        elif code == LOW_RANK:  # size: pairs; extra: state; more: rank
+            low_rank(work, x, y, width, size, more, extra * batch, constants, table, batch,
+                     scratch)  # fmt: skip
+        elif code == POOL:  # source: group; extra: queue; size: stride; more: stride to here
+            phase = position // more % size
+            enter_pool(work, y, width, x, extra * batch, size, phase, batch)
+            if phase < size - 1:
+                line = last  # the inner stack steps when its group is full
+        elif code == LOGISTICS:  # size: values; extra: the prediction; more: mixtures
+            for b in range(batch):
+                logistics(work, x + b * PANEL, y + b * width, extra * batch + b * PANEL, size,
+                          width, more, scratch)  # fmt: skip
+        else:
+            pointwise(code, work, x, y, width, batch)
+
+
+# From logits to tokens: sampling.probabilities and sampling.draw, row by row.
+
+
+@njit(**_OPTIONS)
+def weigh(logits, first, width, inverse_temperature, weights):
+    """weights = exp((logit - the largest) / temperature); returns the largest logit."""
+    peak = load(logits, first)
+    for i in range(LANES, width, LANES):
+        peak = larger(peak, load(logits, first + i))
+    most = largest(peak)
+    centre, scale = splat(most), splat(f32(inverse_temperature))
+    for i in range(0, width, LANES):
+        distance = sub(load(logits, first + i), centre)
+        store(weights, i, exp(mul(distance, scale)))
+    return most
+
+
+@njit(**_OPTIONS)
+def _summed(weights, size):
+    a = b = c = d = 0.0  # four sums, because one would wait for each of its additions
+    whole = size - size % 4
+    for i in range(0, whole, 4):
+        a += weights[i]
+        b += weights[i + 1]
+        c += weights[i + 2]
+        d += weights[i + 3]
+    for i in range(whole, size):
+        a += weights[i]
+    return (a + b) + (c + d)
+
+
+@njit(**_OPTIONS)
+def threshold(weights, keys, size, goal, counted, histogram):
+    """The key of the weight at which the sum over the larger ones reaches ``goal``, and that sum.
+
+    ``counted``: every weight counts as one. A radix search: weights lie on [0, 1], where floats are
+    ordered as their bits (``keys``, a view of ``weights``), read in digits of 12, 9 and 9 bits.
+    """
+    above = 0.0
+    prefix, known = 0, 30  # digits found so far; the bits below them
+    for bits in (12, 9, 9):
+        known -= bits
+        histogram[: 1 << bits] = 0.0
+        for i in range(size):
+            if keys[i] >> (known + bits) == prefix:
+                digit = (keys[i] >> known) & ((1 << bits) - 1)
+                histogram[digit] += 1.0 if counted else weights[i]
+        digit = (1 << bits) - 1
+        while digit > 0 and above + histogram[digit] < goal:
+            above += histogram[digit]
+            digit -= 1
+        prefix = (prefix << bits) | digit
+    return prefix, above
+
+
+@njit(**_OPTIONS)
+def keep_top_k(weights, keys, size, k, histogram):
+    """Set to zero what is less likely than the k-th likeliest."""
+    least, _ = threshold(weights, keys, size, k, True, histogram)
+    for i in range(size):
+        if keys[i] < least:
+            weights[i] = f32(0.0)
+
+
+@njit(**_OPTIONS)
+def keep_top_p(weights, keys, size, p, histogram):
+    """Keep the fewest tokens that hold the share ``p``; the first of equals."""
+    goal = p * _summed(weights, size)
+    least, above = threshold(weights, keys, size, goal, False, histogram)
+    for i in range(size):
+        if keys[i] == least and above < goal:
+            above += weights[i]
+        elif keys[i] <= least:
+            weights[i] = f32(0.0)
+
+
+@njit(**_OPTIONS)
+def pick(weights, size, uniform):
+    """Inverse transform sampling."""
+    goal = uniform * _summed(weights, size)
+    reached, last = 0.0, 0
+    for i in range(size):
+        if weights[i] > 0:
+            reached += weights[i]
+            last = i
+            if reached > goal:
+                break
+    return last
+
+
+@njit(**_OPTIONS)
+def penalize(logits, first, size, width, penalty, seen, penalized):
+    """sampling.penalize: seen tokens become less likely."""
+    for i in range(width):
+        x = logits[first + i]
+        if i < size and seen[i]:
+            x = x / penalty if x > 0 else x * penalty
+        penalized[i] = x
+
+
+@njit(**_OPTIONS)
+def draw(logits, first, size, width, settings, seen, uniform, weights, keys, penalized, histogram):
+    """One token and its bits, -log2 of its probability under the model itself.
+
+    ``settings``: repetition penalty, temperature, top_k, top_p, min_p.
+    """
+    most = weigh(logits, first, width, 1.0, weights)
+    whole = _summed(weights, size)
+    penalty, temperature = f32(settings[0]), settings[1]
+    source, place = logits, first
+    if penalty != 1:
+        source, place = penalized, 0
+        penalize(logits, first, size, width, penalty, seen, penalized)
+    token = 0
+    if temperature == 0:
+        for i in range(size):
+            if source[place + i] > source[place + token]:
+                token = i
+    else:
+        if penalty != 1 or temperature != 1:
+            weigh(source, place, width, 1.0 / temperature, weights)
+        if 0 < settings[2] < size:
+            keep_top_k(weights, keys, size, settings[2], histogram)
+        if settings[3] < 1:
+            keep_top_p(weights, keys, size, settings[3], histogram)
+        if settings[4] > 0:
+            for i in range(size):
+                if weights[i] < settings[4]:  # the likeliest weighs one
+                    weights[i] = f32(0.0)
+        token = pick(weights, size, uniform)
+    seen[token] = True
+    return token, (np.log(whole) + most - logits[first + token]) / np.log(2.0)
+
+
+@njit(**_OPTIONS)
+def run(
+    program, wide, kind, matrices, constants, taps, work, history, position,
+    logits, size, width, tokens, bits, given, uniforms, settings, seen,
+    weights, keys, penalized, histogram, scratch,
+):  # fmt: skip
+    """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
+
+    tokens, bits, uniforms (B, n); history (B, reach + 1) int64; seen (B, size) bool; ``logits`` is
+    a region of ``work`` with rows of ``width``. The other arrays are room for intermediate results.
+    """
+    before = flush_denormals()
+    batch = history.shape[0]
+    for t in range(tokens.shape[1]):
+        if t >= given:
+            for b in range(batch):
+                token, cost = draw(
+                    work, logits * batch + b * width, size, width, settings, seen[b],
+                    uniforms[b, t], weights, keys, penalized, histogram,
+                )  # fmt: skip
+                tokens[b, t] = token
+                bits[b, t] = cost
+        advance(
+            program, wide, kind, matrices, constants, taps, work, history, tokens, t,
+            position + t, scratch,
+        )  # fmt: skip
+    restore_denormals(before)

@@ -1,0 +1,587 @@
+"""The compiled stepper: a converted model as a flat program for ``simd.run`` on the CPU.
+
+Weights of linear maps are held in float32, bfloat16 or int8 (one scale a row); states, activations,
+norms and embeddings stay in float32. Prompts are still read by the converted model, in parallel.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genssm.model import (
+    Linear,
+    Logistics,
+    Mixer,
+    PhasedLinear,
+    RecurrentBlock,
+    RecurrentModel,
+    RecurrentPool,
+    RecurrentStack,
+    State,
+)
+from genssm.recurrence import RecurrentStateSpace
+from genssm.sampling import SamplingConfig
+
+ENGINES = ("auto", "eager", "cpu")
+WEIGHTS = ("bf16", "fp32", "int8")  # the default first
+MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a panel of 32
+
+Array = np.ndarray[Any, Any]
+
+
+class UnsupportedError(ValueError):
+    """The compiled stepper cannot run this model here; the message says why."""
+
+
+def choose(
+    model: RecurrentModel, kind: str = "auto", weights: str = WEIGHTS[0]
+) -> RecurrentModel | CompiledModel:
+    """What steps a model: "cpu" is compiled, "eager" is the model itself, "auto" the faster.
+
+    A model that cannot be compiled, here or at all, runs eagerly, with one warning that says why.
+    """
+    check_choice(kind, weights)
+    if kind == "eager":
+        return model
+    try:
+        return CompiledModel(model, weights)
+    except UnsupportedError as error:
+        warnings.warn(f"sampling runs eagerly, which is slower: {error}", stacklevel=2)
+        return model
+
+
+def describe(model: RecurrentModel | CompiledModel) -> str:
+    """The name of what steps: "eager", "cpu bf16", …"""
+    return f"cpu {model.weights}" if isinstance(model, CompiledModel) else "eager"
+
+
+def check_choice(kind: str, weights: str) -> None:
+    """Raise ValueError unless there is such an engine and such weights."""
+    for name, value, known in (("engine", kind, ENGINES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def load_kernels() -> ModuleType:
+    """The module ``simd``; its compiled code is kept beside it or in the user's cache folder."""
+    try:
+        import numba
+    except ImportError as error:
+        raise UnsupportedError(f"numba cannot be imported ({error}); pip install numba") from error
+    try:
+        from genssm import simd
+    except RuntimeError:  # no folder for numba's cache: compile anew in this process
+        settings: Any = numba
+        settings.config.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
+        from genssm import simd
+    return simd
+
+
+@dataclass
+class Memory:
+    """All that a batch of sequences remembers, changed in place by every step."""
+
+    position: int  # tokens read
+    history: Array  # (B, reach + 1) int64: the last tokens, for the taps
+    work: Array  # float32: states, activations and logits, in regions of B rows
+
+    @property
+    def batch(self) -> int:
+        return len(self.history)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Where a state space layer's state lies. The stepper's state is the layer's over ``unit``."""
+
+    offset: int
+    shape: tuple[int, int]  # features, pairs
+    unit: Array  # (H, n) complex
+
+    def load(self, memory: Memory, state: Tensor) -> None:
+        H, n = self.shape
+        x = np.zeros((memory.batch, _padded(H), n), np.complex64)
+        x[:, :H] = state.numpy() / self.unit
+        lanes = x.reshape(memory.batch, -1, 16, n).swapaxes(2, 3)
+        region(memory, self.offset, x[0].size * 2)[:] = np.stack(
+            [lanes.real, lanes.imag], 3
+        ).reshape(memory.batch, -1)
+
+    def save(self, memory: Memory) -> Tensor:
+        H, n = self.shape
+        rows = region(memory, self.offset, _padded(H) * n * 2)
+        lanes = rows.reshape(memory.batch, -1, n, 2, 16).swapaxes(2, 4)  # (B, chunks, 16, 2, n)
+        x = (lanes[..., 0, :] + 1j * lanes[..., 1, :]).reshape(memory.batch, -1, n)
+        return torch.from_numpy((x[:, :H] * self.unit).astype(np.complex64))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Where a pool's state lies: the group being filled, the queue, the inner stack."""
+
+    group: int
+    queue: int
+    shape: tuple[int, int]  # stride, features
+    period: int  # tokens that one position of the pool's level stands for
+    inner: tuple[_Space | _Group, ...]
+
+    def load(self, memory: Memory, state: tuple) -> None:
+        group, queue, inner = state
+        stride, H = self.shape
+        for offset, rows in ((self.group, group), (self.queue, queue)):
+            padded = np.zeros((memory.batch, stride, _padded(H)), np.float32)
+            padded[..., :H] = rows.numpy()
+            region(memory, offset, padded[0].size)[:] = padded.reshape(memory.batch, -1)
+        for slot, part in zip(self.inner, inner, strict=True):
+            slot.load(memory, part)
+
+    def save(self, memory: Memory) -> tuple:
+        stride, H = self.shape
+        group, queue = (
+            torch.from_numpy(
+                region(memory, offset, stride * _padded(H))
+                .reshape(memory.batch, stride, -1)[..., :H]
+                .copy()
+            )
+            for offset in (self.group, self.queue)
+        )
+        group[:, memory.position // self.period % stride :] = 0  # left from the group before
+        return group, queue, tuple(slot.save(memory) for slot in self.inner)
+
+
+def region(memory: Memory, offset: int, width: int) -> Array:
+    """The rows (B, width) of a region, as a view."""
+    start = offset * memory.batch
+    return memory.work[start : start + width * memory.batch].reshape(memory.batch, width)
+
+
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32
+
+
+def _numpy(tensor: Tensor | None) -> Array:
+    assert tensor is not None
+    return tensor.detach().numpy()
+
+
+def pad_parts(weight: Array, parts: tuple[int, int]) -> Array:
+    """Pad a matrix (O, I) of parts[0] × parts[1] equal blocks, each up to multiples of 32."""
+    outputs, inputs = (size // count for size, count in zip(weight.shape, parts, strict=True))
+    blocks = weight.reshape(parts[0], outputs, parts[1], inputs)
+    extra = [(0, 0), (0, _padded(outputs) - outputs), (0, 0), (0, _padded(inputs) - inputs)]
+    padded = np.pad(blocks, extra)
+    return padded.reshape(parts[0] * _padded(outputs), parts[1] * _padded(inputs))
+
+
+def pack(weight: Array, kind: str) -> tuple[Array, Array]:
+    """A matrix (O, I), O a multiple of 32 → panels of 32 outputs as bytes, and scales (O,).
+
+    bf16: rounded to the nearest; word j holds outputs j (low half) and j + 16 of a panel.
+    int8: each row over its scale, which is its largest magnitude over 127.
+    """
+    scale = np.ones(len(weight), np.float32)
+    if kind == "int8":
+        largest = np.abs(weight).max(1)
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        weight = np.rint(weight / scale[:, None]).astype(np.int8)
+    panels = weight.reshape(-1, 32, weight.shape[1]).swapaxes(1, 2)  # (panels, I, 32)
+    if kind == "bf16":
+        rounded = torch.from_numpy(np.ascontiguousarray(panels)).bfloat16()
+        bits = rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+        panels = bits[..., 16:] << 16 | bits[..., :16]
+    return np.ascontiguousarray(panels).reshape(-1).view(np.uint8), scale
+
+
+@dataclass
+class _Program:
+    """A program in the making: operations, constants, matrices and regions of ``work``."""
+
+    simd: Any
+    kind: str
+    size: int = 0  # floats a row of the batch needs
+    lines: list[list[int]] = field(default_factory=list)
+    constants: list[Array] = field(default_factory=list)
+    matrices: list[Array] = field(default_factory=list)
+    n_constants: int = 0
+    n_bytes: int = 0
+    kept: list[tuple[int, int]] = field(default_factory=list)  # regions that outlast a step
+
+    def reserve(self, width: int) -> int:
+        """A region of so many floats a row."""
+        self.size += _padded(width)
+        return self.size - _padded(width)
+
+    def keep(self, width: int) -> int:
+        """A region, as ``reserve``, that holds a state."""
+        self.kept.append((self.reserve(width), _padded(width)))
+        return self.kept[-1][0]
+
+    def constant(self, *arrays: Array) -> int:
+        """Arrays one behind the other; returns the place of the first."""
+        place = self.n_constants
+        for array in arrays:
+            self.constants.append(np.ascontiguousarray(array, np.float32).reshape(-1))
+            self.n_constants += array.size
+        return place
+
+    def features(self, vector: Array) -> Array:
+        """A vector with zeros up to a multiple of 32."""
+        return np.pad(vector, (0, _padded(len(vector)) - len(vector)))
+
+    def emit(
+        self, code: int, source: int, target: int, width: int, table: int = 0, matrix: int = 0,
+        size: int = 0, extra: int = 0, more: int = 0, last: int = 0,
+    ) -> None:  # fmt: skip
+        """One operation; the arguments are those of ``simd.advance``."""
+        self.lines.append([code, source, target, width, table, matrix, size, extra, more, last])
+
+    def linear(
+        self, weights: list[Array], bias: Array, source: int, target: int,
+        parts: tuple[int, int] = (1, 1), bias_padding: float = 0.0,
+    ) -> int:  # fmt: skip
+        """y = W x + bias, ``weights`` by phase of the position; returns the padded width of y."""
+        n_bytes, n_constants = self.n_bytes, self.n_constants
+        width, inputs = 0, 0
+        for weight in weights:
+            padded = pad_parts(weight, parts)
+            width, inputs = padded.shape
+            packed, scale = pack(padded, self.kind)
+            self.matrices.append(packed)
+            self.n_bytes += packed.size
+            blocks = bias.reshape(parts[0], -1)
+            fill = [(0, 0), (0, width // parts[0] - blocks.shape[1])]
+            self.constant(np.pad(blocks, fill, constant_values=bias_padding), scale)
+        phases = len(weights)
+        self.emit(
+            self.simd.LINEAR, source, target, width, n_constants, n_bytes, inputs,
+            (self.n_bytes - n_bytes) // phases, (self.n_constants - n_constants) // phases, phases,
+        )  # fmt: skip
+        return width
+
+    def dense(
+        self, layer: Linear, source: int, target: int, parts: tuple[int, int] = (1, 1),
+        bias_padding: float = 0.0,
+    ) -> int:  # fmt: skip
+        """A ``Linear``; see ``linear``."""
+        weight, bias = _numpy(layer.weight), _numpy(layer.bias)
+        return self.linear([weight], bias, source, target, parts, bias_padding)
+
+    def norm(self, layer: nn.LayerNorm, source: int, target: int) -> None:
+        if layer.eps != 1e-5:
+            raise UnsupportedError(f"layer norms need eps = 1e-5, got {layer.eps}")
+        weight = self.features(_numpy(layer.weight))
+        table = self.constant(weight, self.features(_numpy(layer.bias)))
+        size = layer.normalized_shape[0]
+        self.emit(self.simd.NORM, source, target, len(weight), table, size=size)
+
+
+def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
+    """Token, taps and position into x; returns the region of the linear prediction."""
+    simd, inputs = program.simd, model.inputs
+    table = _numpy(inputs.embedding.weight)
+    width = _padded(table.shape[1])
+    padding = [(0, 0), (0, width - table.shape[1])]
+    program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)))
+    prediction = program.reserve(32)
+    if inputs.taps is not None:
+        phases, _, n_taps = inputs.taps.weight.shape
+        tapped, room = program.reserve(n_taps), program.reserve(width)
+        predicting = -1
+        if isinstance(inputs.prediction, PhasedLinear):
+            weight = _numpy(inputs.prediction.weight)[:, 0]  # (phases, taps)
+            extra = [(0, 0), (0, _padded(n_taps) - n_taps)]
+            predicting = program.constant(np.pad(weight, extra))
+        program.emit(simd.TAPS, prediction, tapped, _padded(n_taps), predicting, size=phases)
+        weights = list(_numpy(inputs.taps.weight))
+        program.linear(weights, np.zeros(len(weights[0]), np.float32), tapped, room)
+        program.emit(simd.ADD, room, x, width)
+    if model.config.image_shape is not None:
+        rows, columns, channels = model.config.image_shape
+        tables = [np.pad(_numpy(p), padding) for p in inputs.positions]
+        program.emit(
+            simd.POSITION, 0, x, width, program.constant(*tables),
+            size=rows, extra=columns, more=channels,
+        )  # fmt: skip
+    return prediction
+
+
+def _complex(pairs: Tensor) -> Array:
+    """The factors (…, 2) of real and imaginary parts, as complex numbers (…)."""
+    return torch.view_as_complex(pairs).numpy()
+
+
+def _by_lanes(*parts: Array) -> Array:
+    """Complex (H, n) → (H / 16, n, 2 len(parts), 16), real and imaginary parts in turn."""
+    stacked = np.stack([part for c in parts for part in (np.real(c), np.imag(c))], -1)
+    return stacked.reshape(-1, 16, *stacked.shape[1:]).transpose(0, 2, 3, 1)
+
+
+def _space(program: _Program, layer: Any, u: int, y: int) -> _Space:
+    """y = silu(layer(u))."""
+    if not isinstance(layer, RecurrentStateSpace):
+        raise UnsupportedError(
+            "the compiled stepper knows diagonal and low-rank transitions (S4D, S4), "
+            f"not the dense one of {type(layer).__name__} (LSSL)"
+        )
+    if layer.a.dtype != torch.complex64:
+        raise UnsupportedError(f"the compiled stepper is for float32 models, got {layer.D.dtype}")
+    H, n = layer.a.shape
+    width = _padded(H)
+    more = [(0, width - H), (0, 0)]
+    a, b = (np.pad(_numpy(t), more) for t in (layer.a, layer.b))
+    c = np.pad(_complex(layer.c), more)
+    D = program.features(_numpy(layer.D))
+    state = program.keep(2 * width * n)
+    if layer.p is None or layer.q is None:
+        scaled = c.conj().astype(np.complex128) * b
+        table = program.constant(D, _by_lanes(a, scaled.conj()))
+        program.emit(program.simd.DIAGONAL, u, y, width, table, size=n, extra=state)
+        return _Space(state, (H, n), _numpy(layer.b))
+    rank = layer.p.shape[1]
+    wide = [(0, width - H), (0, 0), (0, 0)]
+    p, q = np.pad(_numpy(layer.p), wide), np.pad(_complex(layer.q), wide)
+    parts = [_by_lanes(a, b, c)]
+    parts += [_by_lanes(p[:, r], q[:, r]) for r in range(rank)]
+    chunks = np.concatenate([part.reshape(width // 16, -1) for part in parts], 1)
+    table = program.constant(D, chunks)
+    program.emit(program.simd.LOW_RANK, u, y, width, table, size=n, extra=state, more=rank)
+    return _Space(state, (H, n), np.ones((H, n), np.complex64))
+
+
+def _mixer(program: _Program, mixer: Mixer, x: int, y: int, u: int, wide: int) -> None:
+    """``Mixer``: residual x and layer output y; u and ``wide`` are room."""
+    simd = program.simd
+    width = program.dense(mixer.gate, y, wide, (2, 1)) // 2
+    program.emit(simd.GATE, wide, x, width)
+    program.norm(mixer.norm, x, u)
+    hidden = program.dense(mixer.up, u, wide)
+    program.emit(simd.SILU, wide, wide, hidden)
+    program.dense(mixer.down, wide, u)
+    program.emit(simd.ADD, u, x, width)
+
+
+def _stack(
+    program: _Program, stack: RecurrentStack, x: int, room: tuple[int, int, int], period: int
+) -> tuple[_Space | _Group, ...]:
+    """Step x through a stack, in place; returns where the states lie."""
+    u, y, wide = room
+    slots: list[_Space | _Group] = []
+    for layer in stack.layers:
+        if isinstance(layer, RecurrentPool):
+            slots.append(_pool(program, layer, x, room, period))
+        elif isinstance(layer, RecurrentBlock) and isinstance(layer.mixer, Mixer):
+            assert isinstance(layer.norm, nn.LayerNorm)
+            program.norm(layer.norm, x, u)
+            slots.append(_space(program, layer.ssm, u, y))
+            _mixer(program, layer.mixer, x, y, u, wide)
+        else:
+            raise UnsupportedError(f"there is no operation for {type(layer).__name__}")
+    return tuple(slots)
+
+
+def _pool(
+    program: _Program, pool: RecurrentPool, x: int, room: tuple[int, int, int], period: int
+) -> _Group:
+    stride, (d_inner, joined) = pool.stride, pool.down.weight.shape
+    width = _padded(joined // stride)
+    group, queue = program.keep(stride * width), program.keep(stride * width)
+    inner = program.reserve(d_inner)
+    entry = len(program.lines)
+    program.emit(program.simd.POOL, group, x, width, size=stride, extra=queue, more=period)
+    program.dense(pool.down, group, inner, (1, stride))
+    slots = _stack(program, pool.inner, inner, room, period * stride)
+    program.dense(pool.up, inner, queue, (stride, 1))
+    program.lines[entry][-1] = len(program.lines)  # where to go on until the group is full
+    return _Group(group, queue, (stride, joined // stride), period, slots)
+
+
+def _head(program: _Program, model: RecurrentModel, u: int, prediction: int) -> tuple[int, int]:
+    """Features u to logits; returns their region and its padded width."""
+    head, size = model.head, model.config.n_outputs
+    width = _padded(size)
+    logits = program.keep(width)
+    if not isinstance(head, Logistics):
+        never = float(program.simd.NEVER)
+        program.dense(head.linear, u, logits, bias_padding=never)
+        return logits, width
+    if head.mixtures > MAX_MIXTURES:
+        raise UnsupportedError(f"at most {MAX_MIXTURES} mixtures fit, got {head.mixtures}")
+    parameters = program.reserve(32)
+    program.dense(head.linear, u, parameters)
+    program.emit(
+        program.simd.LOGISTICS, parameters, logits, width,
+        size=size, extra=prediction, more=head.mixtures,
+    )  # fmt: skip
+    return logits, width
+
+
+def _aligned(arrays: list[Array], dtype: Any) -> Array:
+    """One array out of many that begins at a multiple of 64 bytes."""
+    size = sum(a.size for a in arrays)
+    result = zeros(size, dtype)
+    np.concatenate([a.reshape(-1) for a in arrays], out=result)
+    return result
+
+
+def zeros(size: int, dtype: Any) -> Array:
+    """Zeros that begin at a multiple of 64 bytes, a cache line and the widest vector."""
+    n_bytes = size * np.dtype(dtype).itemsize
+    room = np.zeros(n_bytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + n_bytes].view(dtype)
+
+
+class CompiledModel:
+    """A ``RecurrentModel`` whose steps and draws run in one compiled loop.
+
+    ``prefill`` gives the model's own ``State``; ``load`` and ``save`` carry it into the loop's
+    memory and back. A row's logits and tokens do not depend on its company, to the last bit.
+    Raises UnsupportedError, which says why, when there is no such loop for the model.
+    """
+
+    def __init__(self, model: RecurrentModel, weights: str = WEIGHTS[0]) -> None:
+        if model.norm.weight.device.type != "cpu" or model.norm.weight.dtype != torch.float32:
+            raise UnsupportedError(
+                "the compiled stepper is for float32 models on the CPU, got "
+                f"{model.norm.weight.dtype} on {model.norm.weight.device}"
+            )
+        self.model, self.weights = model, weights
+        self.config, self.inputs = model.config, model.inputs
+        self._simd: Any = load_kernels()
+        self._kind = {
+            "fp32": self._simd.FP32, "bf16": self._simd.BF16, "int8": self._simd.INT8
+        }[weights]  # fmt: skip
+        self._wide = _has_wide_vectors()
+        self._build()
+
+    def _build(self) -> None:
+        program, d_model = _Program(self._simd, self.weights), self.config.d_model
+        widest = _padded(max(d_model))
+        x = program.reserve(d_model[0])
+        room = (
+            program.reserve(widest),
+            program.reserve(widest),
+            program.reserve(widest * max(2, self.config.expand)),
+        )
+        prediction = _embed(program, self.model, x)
+        self._slots = _stack(program, self.model.stack, x, room, 1)
+        program.norm(self.model.norm, x, room[0])
+        self._logits, self._width = _head(program, self.model, room[0], prediction)
+        self._size, self._kept = program.size, program.kept
+        self._lines = np.array(program.lines, np.int64)
+        self._constants = _aligned(program.constants, np.float32)
+        self._matrices = _aligned(program.matrices, np.uint8)
+        self._taps = np.array(self.config.taps, np.int64)
+
+    def prefill(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """``RecurrentModel.prefill``: tokens (B, L) → logits (B, L, V) and the state after."""
+        return self.model.prefill(tokens, state)
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before any token."""
+        return self.model.initial_state(batch)
+
+    def load(self, state: State, logits: Tensor | None = None) -> Memory:
+        """A memory that goes on from ``state``, ``logits`` (B, V) being those of the next token."""
+        batch = len(state.history)
+        history = np.full((batch, self.inputs.reach + 1), -1, np.int64)
+        history[:, 1:] = state.history.numpy()
+        memory = Memory(int(state.position), history, zeros(self._size * batch, np.float32))
+        for slot, part in zip(self._slots, state.layers, strict=True):
+            slot.load(memory, part)
+        if logits is not None:
+            rows = region(memory, self._logits, self._width)
+            rows[:] = self._simd.NEVER
+            rows[:, : logits.shape[1]] = logits.numpy()
+        return memory
+
+    def save(self, memory: Memory) -> State:
+        """The state that a memory holds."""
+        return State(
+            torch.tensor(memory.position),
+            torch.from_numpy(memory.history[:, 1:].copy()),
+            tuple(slot.save(memory) for slot in self._slots),
+        )
+
+    def logits(self, memory: Memory) -> Tensor:
+        """The logits of the next token, (B, V); a copy."""
+        rows = region(memory, self._logits, self._width)
+        return torch.from_numpy(rows[:, : self.config.n_outputs].copy())
+
+    def rows(self, memory: Memory, index: list[int]) -> Memory:
+        """A memory of the batch rows ``index``, to the last bit."""
+        work = zeros(self._size * len(index), np.float32)
+        result = Memory(memory.position, memory.history[index], work)
+        for offset, width in self._kept:
+            region(result, offset, width)[:] = region(memory, offset, width)[index]
+        return result
+
+    def step(self, token: Tensor, memory: Memory) -> Tensor:
+        """Read one token (B,) → logits (B, V) of the next."""
+        tokens = token.numpy().astype(np.int64)[:, None]
+        self._check(tokens)
+        seen = np.zeros((memory.batch, self.config.n_outputs), np.bool_)
+        self._run(memory, tokens, 1, np.zeros(tokens.shape), SamplingConfig(), seen)
+        return self.logits(memory)
+
+    def generate(
+        self, memory: Memory, uniforms: Array, config: SamplingConfig, seen: Array
+    ) -> tuple[Array, Array]:
+        """Draw and read n tokens a row: uniforms (B, n) → tokens (B, n) and their bits (B, n).
+
+        ``seen (B, V)`` bool marks what the repetition penalty holds down; drawn tokens join it.
+        """
+        tokens = np.zeros(uniforms.shape, np.int64)
+        bits = self._run(memory, tokens, 0, uniforms, config, seen)
+        return tokens, bits
+
+    def _check(self, tokens: Array) -> None:
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids must lie in 0 … {self.config.vocab_size - 1}, "
+                f"got {tokens.min()} … {tokens.max()}"
+            )
+
+    def _run(
+        self, memory: Memory, tokens: Array, given: int, uniforms: Array, config: SamplingConfig,
+        seen: Array,
+    ) -> Array:  # fmt: skip
+        """``simd.run``; returns the bits of the drawn tokens."""
+        settings = np.array(
+            [config.repetition_penalty, config.temperature, config.top_k, config.top_p,
+             config.min_p], np.float64
+        )  # fmt: skip
+        bits = np.zeros(tokens.shape)
+        weights = zeros(self._width, np.float32)
+        self._simd.run(
+            self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
+            memory.work, memory.history, memory.position, self._logits, self.config.n_outputs,
+            self._width, tokens, bits, given, uniforms, settings, seen, weights,
+            weights.view(np.int32), zeros(self._width, np.float32), zeros(4096, np.float64),
+            zeros(64, np.float32),
+        )  # fmt: skip
+        memory.position += tokens.shape[1]
+        return bits
+
+
+def _has_wide_vectors() -> bool:
+    import llvmlite.binding
+
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+def block_sizes(largest: int = 32) -> Iterator[int]:
+    """How many tokens to draw at once: few at first, so that the first comes soon."""
+    size = 1
+    while True:
+        yield size
+        size = min(2 * size, largest)

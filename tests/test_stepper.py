@@ -1,0 +1,305 @@
+"""The compiled stepper against the eager model, operation by operation and draw by draw."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+import genssm
+from genssm.engine import CompiledGeneration, Drawn, Generation, begin, read
+from genssm.model import RecurrentModel, SequenceModel, State, to_recurrent
+from genssm.sampling import RandomStream, SamplingConfig, probabilities
+from genssm.stepper import (
+    CompiledModel,
+    UnsupportedError,
+    block_sizes,
+    check_choice,
+    choose,
+    describe,
+    pack,
+)
+
+MakeModel = Callable[..., SequenceModel]
+AssertNear = Callable[[Tensor, Tensor, float], None]
+
+# Largest difference of logits over the largest logit.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
+OPERATIONS = {
+    "S4D": ("isotropic", "s4d"),
+    "S4 of rank 1": ("isotropic", "s4"),
+    "S4 of rank 2": ("isotropic", "s4-fourier"),
+    "pools of S4D": ("pooled", "s4d"),
+    "pools of S4": ("pooled", "s4"),
+    "taps, positions and logistics": ("image", "s4d"),
+}
+PROMPT = torch.tensor([20, 3, 1, 4])
+SETTINGS = [
+    SamplingConfig(),
+    SamplingConfig(temperature=0),
+    SamplingConfig(temperature=0.7, top_k=5),
+    SamplingConfig(top_p=0.8),
+    SamplingConfig(min_p=0.2),
+    SamplingConfig(repetition_penalty=1.5, temperature=1.3, top_k=12, top_p=0.9, min_p=0.05),
+    SamplingConfig(repetition_penalty=0.5, temperature=0),
+    SamplingConfig(top_p=1e-9),
+    SamplingConfig(top_k=1, temperature=100),
+]
+
+
+def drawn(generation: Generation | CompiledGeneration, steps: int) -> list[list[Drawn]]:
+    """Steps by sample."""
+    result: dict[int, list[Drawn]] = {}
+    for _ in range(steps):
+        for d in generation.step():
+            result.setdefault(d.sample, []).append(d)
+    return list(result.values())
+
+
+def tokens_of(samples: Sequence[Sequence[Drawn]]) -> list[list[int]]:
+    return [[d.token for d in sample] for sample in samples]
+
+
+def start(model: RecurrentModel, batch: int) -> tuple[Tensor, State, Tensor]:
+    """A batch of different random prompts, read, and tokens to go on with (steps, batch)."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (20, batch)
+    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    return *model.prefill(tokens[:7].mT), tokens[7:]
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_steps_equal_the_eager_ones(
+    make_model: MakeModel, assert_near: AssertNear, operation: str, weights: str
+) -> None:
+    """From a state within a group of the pools, through every phase of theirs."""
+    model = to_recurrent(make_model(*OPERATIONS[operation]))
+    compiled = CompiledModel(model, weights)
+    logits, state, tokens = start(model, 3)
+    memory = compiled.load(state, logits[:, -1])
+    assert torch.equal(compiled.logits(memory), logits[:, -1])
+    for token in tokens:
+        expected, state = model.step(token, state)
+        assert_near(compiled.step(token, memory), expected, TOLERANCE[weights])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_states_go_back_and_forth(
+    make_model: MakeModel, assert_near: AssertNear, operation: str
+) -> None:
+    model = to_recurrent(make_model(*OPERATIONS[operation]))
+    compiled = CompiledModel(model, "fp32")
+    _, state, tokens = start(model, 2)
+    for a, b in zip(state.tensors(), compiled.save(compiled.load(state)).tensors(), strict=True):
+        assert a.dtype == b.dtype
+        assert_near(b, a, 1e-6)
+    memory = compiled.load(state)
+    for token in tokens:
+        compiled.step(token, memory)
+        _, state = model.step(token, state)
+        for a, b in zip(state.tensors(), compiled.save(memory).tensors(), strict=True):
+            assert_near(b, a, 1e-5)
+    expected, _ = model.step(tokens[0], state)
+    logits, _ = model.step(tokens[0], compiled.save(memory))
+    assert_near(logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_a_row_does_not_depend_on_its_company(
+    make_model: MakeModel, kind: str, weights: str
+) -> None:
+    """To the last bit, in batches that use every tile, with wide vectors and without."""
+    model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
+    compiled = CompiledModel(model, weights)
+    _, state, tokens = start(model, 64)
+    everyone = compiled.load(state)
+    expected = [compiled.step(token, everyone) for token in tokens]
+    for batch in (1, 3, 17):
+        for wide in (True, False):
+            compiled._wide = wide
+            memory = compiled.load(state.rows(torch.arange(batch)))
+            for token, logits in zip(tokens, expected, strict=True):
+                assert torch.equal(compiled.step(token[:batch], memory), logits[:batch])
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+def test_draws_equal_the_eager_ones(make_model: MakeModel, config: SamplingConfig) -> None:
+    model = to_recurrent(make_model("pooled"))
+    eager = drawn(Generation(model, PROMPT, config, seed=7, indices=range(3)), 40)
+    compiled = CompiledModel(model, "fp32")
+    samples = drawn(CompiledGeneration(compiled, PROMPT, config, seed=7, indices=range(3)), 40)
+    assert tokens_of(samples) == tokens_of(eager)
+    for sample, expected in zip(samples, eager, strict=True):
+        bits = [d.bits for d in sample]
+        assert bits == pytest.approx([d.bits for d in expected], abs=1e-4)
+
+
+def test_filters_equal_the_eager_ones_on_a_large_vocabulary(make_model: MakeModel) -> None:
+    """Thousands of tokens, many of them equally likely."""
+    model = to_recurrent(make_model("isotropic", vocab_size=3000, n_outputs=2999))
+    compiled = CompiledModel(model, "fp32")
+    _, state = read(model, PROMPT)
+    logits = torch.randn(1, 2999, generator=torch.Generator().manual_seed(1)).mul(8).round() / 4
+    uniforms = np.linspace(0, 1, 50, endpoint=False)
+    for config in SETTINGS:
+        p = probabilities(logits, config)
+        cdf = p[0].cumsum(-1).numpy()
+        for uniform in uniforms:
+            memory, seen = compiled.load(state, logits), np.zeros((1, 2999), np.bool_)
+            token = compiled.generate(memory, np.full((1, 1), uniform), config, seen)[0][0, 0]
+            assert p[0, token] > 0
+            reached = cdf[token] / cdf[-1]  # rounding may move a boundary between tokens a little
+            assert uniform - 1e-5 <= reached <= uniform + float(p[0, token]) + 1e-5
+
+
+def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    compiled = CompiledModel(model, "fp32")
+    config = SamplingConfig(temperature=1.2, top_k=15)
+    logits, state = read(model, PROMPT)
+    streams = [RandomStream(3, i) for i in range(64)]
+    rows = torch.zeros(64, dtype=torch.int64)
+    tokens: list[int] = []
+    for _ in range(60):
+        memory = compiled.load(state.rows(rows), logits[rows])
+        uniforms = np.array([[stream.next()] for stream in streams])
+        seen = np.zeros((64, logits.shape[-1]), np.bool_)
+        tokens += compiled.generate(memory, uniforms, config, seen)[0][:, 0].tolist()
+    p = probabilities(logits, config)[0].numpy()
+    counts = np.bincount(tokens, minlength=len(p))
+    assert counts[p == 0].sum() == 0
+    assert scipy.stats.chisquare(counts[p > 0], p[p > 0] * len(tokens)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_samples_do_not_depend_on_their_company(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    if threads == 2:  # whatever the clock says, two parts are the faster
+        monkeypatch.setattr(CompiledGeneration, "_trial", lambda _, parts: 1 / len(parts) ** 2)
+    compiled = CompiledModel(to_recurrent(make_model("pooled")))
+    config = SamplingConfig(repetition_penalty=1.3)
+
+    def sampled(first: int, last: int) -> CompiledGeneration:
+        return CompiledGeneration(compiled, PROMPT, config, seed=1, indices=range(first, last))
+
+    together = drawn(sampled(0, 5), 50)
+    assert len(set(map(tuple, tokens_of(together)))) == 5
+    for i in range(5):
+        alone = drawn(sampled(i, i + 1), 50)[0]
+        assert [(d.token, d.bits) for d in alone] == [(d.token, d.bits) for d in together[i]]
+    generation = sampled(0, 5)
+    first = drawn(generation, 9)
+    generation.finish({1, 3})
+    rest = drawn(generation, 41)
+    assert generation.active == [0, 2, 4]
+    assert [first[i] + after for i, after in zip((0, 2, 4), rest, strict=True)] == together[::2]
+    generation.finish({0, 2, 4})
+    assert generation.step() == []
+
+
+@pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])
+def test_shipped_models_draw_the_same_tokens(name: str) -> None:
+    pipe = genssm.load(name)
+    prompt, config = pipe.prompt_tokens(), SamplingConfig(temperature=0.9, top_p=0.97)
+    eager = drawn(Generation(pipe.recurrent, prompt, config, seed=2, indices=range(2)), 32)
+    compiled = CompiledModel(pipe.recurrent, "fp32")
+    samples = drawn(CompiledGeneration(compiled, prompt, config, seed=2, indices=range(2)), 32)
+    assert tokens_of(samples) == tokens_of(eager)
+    for sample, expected in zip(samples, eager, strict=True):
+        assert [d.bits for d in sample] == pytest.approx([d.bits for d in expected], abs=1e-3)
+
+
+def test_blocks_grow_from_one_token() -> None:
+    assert list(islice(block_sizes(), 7)) == [1, 2, 4, 8, 16, 32, 32]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_packed_weights_are_those_that_were_given(kind: str) -> None:
+    weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    weight[3] = 0
+    packed, scale = pack(weight, kind)
+    if kind == "bf16":
+        words = packed.view(np.uint32).reshape(2, 5, 16)
+        halves = np.concatenate([words << 16, words & 0xFFFF0000], -1).view(np.float32)
+        expected = torch.from_numpy(weight).bfloat16().float().numpy()
+    else:
+        halves = packed.view({"fp32": np.float32, "int8": np.int8}[kind]).reshape(2, 5, 32)
+        expected = weight
+    unpacked = halves.swapaxes(1, 2).reshape(64, 5) * scale[:, None]
+    tolerance = np.abs(weight).max(1, keepdims=True) / 254 * 1.001 if kind == "int8" else 0
+    assert (np.abs(unpacked - expected) <= tolerance).all()
+
+
+def test_without_numba_the_model_steps_eagerly(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.warns(UserWarning, match="numba cannot be imported"):
+        assert choose(model) is model
+
+
+def test_a_dense_transition_steps_eagerly(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic", "lssl"))
+    with pytest.warns(UserWarning, match=r"not the dense one .*LSSL"):
+        assert choose(model, "cpu") is model
+    assert isinstance(begin(model, PROMPT, SamplingConfig(), seed=0, indices=range(1)), Generation)
+
+
+def test_double_precision_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(UnsupportedError, match="float32 models on the CPU"):
+        CompiledModel(to_recurrent(make_model("isotropic").double()))
+
+
+def test_the_choice_is_shown_and_checked(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    assert describe(choose(model)) == "cpu bf16"
+    assert describe(choose(model, "cpu", "int8")) == "cpu int8"
+    assert describe(choose(model, "eager")) == "eager"
+    with pytest.raises(ValueError, match="engine must be one of auto, eager, cpu; got 'gpu'"):
+        check_choice("gpu", "bf16")
+    with pytest.raises(ValueError, match="weights must be one of bf16, fp32, int8; got 'fp8'"):
+        check_choice("cpu", "fp8")
+
+
+def test_a_token_that_does_not_exist_is_refused(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    compiled = CompiledModel(model)
+    memory = compiled.load(model.initial_state(1))
+    with pytest.raises(ValueError, match=r"0 … 22, got 23"):
+        compiled.step(torch.tensor([23]), memory)
+
+
+def test_kernels_load_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """Files where the cache folders would be: the package's own and the user's."""
+    source = Path(genssm.__file__).parent
+    shutil.copytree(source, tmp_path / "genssm", ignore=lambda *_: ["__pycache__"])
+    (tmp_path / "genssm" / "__pycache__").write_text("")
+    (tmp_path / "home").write_text("")
+    home = str(tmp_path / "home")
+    code = (
+        "import numba, genssm.stepper as s; s.load_kernels(); print(numba.config.CACHE_DIR != '')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HOME": home, "XDG_CACHE_HOME": home},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "True\n", result.stderr

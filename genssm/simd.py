@@ -26,9 +26,8 @@ FP32, BF16, INT8 = 0, 1, 2
 PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32}
 
 # Operations, and the columns of the program that hold their arguments.
-EMBED, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK, SILU, GATE, ADD, POOL, LOGISTICS = range(
-    12
-)
+EMBED, CONDITION, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
+SILU, GATE, ADD, POOL, LOGISTICS = range(8, 13)
 COLUMNS = 10
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
@@ -604,15 +603,30 @@ def logistics(work, source, target, prediction, size, width, mixtures, scratch):
 
 
 @njit(**_OPTIONS)
-def embed(tokens, t, history, work, target, width, constants, table):
-    """The rows of the embedding; the token joins the history, the oldest leaves it."""
+def embed(tokens, t, history, kept, position, work, target, width, constants, table):
+    """The rows of the embedding; the token joins the history, the oldest leaves it.
+
+    ``kept`` columns of the history before it hold the first token.
+    """
     for row in range(history.shape[0]):
-        for k in range(1, history.shape[1]):
+        for k in range(kept + 1, history.shape[1]):
             history[row, k - 1] = history[row, k]
         token = tokens[row, t]
         history[row, -1] = token
+        if kept and position == 0:
+            history[row, 0] = token
         for i in range(0, width, LANES):
             store(work, target + row * width + i, load(constants, table + token * width + i))
+
+
+@njit(**_OPTIONS)
+def add_condition(history, work, target, width, constants, table):
+    """Add the embedding of the first token."""
+    for row in range(history.shape[0]):
+        first = table + history[row, 0] * width
+        for i in range(0, width, LANES):
+            x = add(load(work, target + row * width + i), load(constants, first + i))
+            store(work, target + row * width + i, x)
 
 
 @njit(**_OPTIONS)
@@ -653,8 +667,10 @@ def advance(  # noqa: PLR0912
         more, last = program[line, 8], program[line, 9]
         line += 1
         x, y = source * batch, target * batch
-        if code == EMBED:
-            embed(tokens, t, history, work, y, width, constants, table)
+        if code == EMBED:  # size: columns of the history that hold the first token
+            embed(tokens, t, history, size, position, work, y, width, constants, table)
+        elif code == CONDITION:
+            add_condition(history, work, y, width, constants, table)
         elif code == TAPS:  # source: the prediction; size: phases
             gather_taps(work, y, width, history, taps, x, size, constants, table, position)
         elif code == LINEAR:  # size: inputs; a phase has ``extra`` bytes and ``more`` constants
@@ -826,8 +842,9 @@ def run(
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
-    tokens, bits, uniforms (B, n); history (B, reach + 1) int64; seen (B, size) bool; ``logits`` is
-    a region of ``work`` with rows of ``width``. The other arrays are room for intermediate results.
+    tokens, bits, uniforms (B, n); history (B, [1 +] reach + 1) int64; seen (B, size) bool;
+    ``logits`` is a region of ``work`` with rows of ``width``. The other arrays are room for
+    intermediate results.
     """
     before = flush_denormals()
     batch = history.shape[0]

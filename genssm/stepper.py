@@ -290,7 +290,11 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     table = _numpy(inputs.embedding.weight)
     width = _padded(table.shape[1])
     padding = [(0, 0), (0, width - table.shape[1])]
-    program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)))
+    kept = int(model.config.conditioned)
+    program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)), size=kept)
+    if inputs.condition is not None:
+        added = program.constant(np.pad(_numpy(inputs.condition.weight), padding))
+        program.emit(simd.CONDITION, 0, x, width, added)
     prediction = program.reserve(32)
     if inputs.taps is not None:
         phases, _, n_taps = inputs.taps.weight.shape
@@ -335,6 +339,8 @@ def _space(program: _Program, layer: Any, u: int, y: int) -> _Space:
     if layer.a.dtype != torch.complex64:
         raise UnsupportedError(f"the compiled stepper is for float32 models, got {layer.D.dtype}")
     H, n = layer.a.shape
+    if len(layer.c) != H:
+        raise UnsupportedError("the compiled stepper knows layers of one output, channels=1")
     width = _padded(H)
     more = [(0, width - H), (0, 0)]
     a, b = (np.pad(_numpy(t), more) for t in (layer.a, layer.b))
@@ -481,6 +487,7 @@ class CompiledModel:
         self._constants = _aligned(program.constants, np.float32)
         self._matrices = _aligned(program.matrices, np.uint8)
         self._taps = np.array(self.config.taps, np.int64)
+        self._kept_columns = int(self.config.conditioned)
 
     def prefill(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``RecurrentModel.prefill``: tokens (B, L) → logits (B, L, V) and the state after."""
@@ -493,8 +500,8 @@ class CompiledModel:
     def load(self, state: State, logits: Tensor | None = None) -> Memory:
         """A memory that goes on from ``state``, ``logits`` (B, V) being those of the next token."""
         batch = len(state.history)
-        history = np.full((batch, self.inputs.reach + 1), -1, np.int64)
-        history[:, 1:] = state.history.numpy()
+        # One column more than in a state: the token that is being read.
+        history = np.insert(state.history.numpy(), self._kept_columns, -1, axis=1)
         memory = Memory(int(state.position), history, zeros(self._size * batch, np.float32))
         for slot, part in zip(self._slots, state.layers, strict=True):
             slot.load(memory, part)
@@ -508,7 +515,7 @@ class CompiledModel:
         """The state that a memory holds."""
         return State(
             torch.tensor(memory.position),
-            torch.from_numpy(memory.history[:, 1:].copy()),
+            torch.from_numpy(np.delete(memory.history, self._kept_columns, axis=1)),
             tuple(slot.save(memory) for slot in self._slots),
         )
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import genssm
+from genssm.conversion import to_recurrent
 from genssm.engine import CompiledGeneration, Drawn, Generation, begin, read
-from genssm.model import RecurrentModel, SequenceModel, State, to_recurrent
+from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.sampling import RandomStream, SamplingConfig, probabilities
 from genssm.stepper import (
     CompiledModel,

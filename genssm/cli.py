@@ -6,15 +6,16 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
 if TYPE_CHECKING:
     from genssm.files import Output
-    from genssm.pipeline import Pipeline, Sample
+    from genssm.pipeline import Pipeline, Sample, Session
 
 P = ParamSpec("P")
 
@@ -81,6 +82,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr."
 @app.command()
 @_command
 def sample(
+    context: typer.Context,
     model: Model = "wiki",
     prompt: Annotated[
         str | None,
@@ -95,7 +97,9 @@ def sample(
         str | None, typer.Option("--out", "-o", help="File to write; - is stdout.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of samples.")] = 1,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="Number of samples (1).")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=0, help="Most tokens to draw (text: 256).")
     ] = None,
@@ -130,33 +134,23 @@ def sample(
 ) -> None:
     """Sample text, pictures or sound; the model decides which."""
     from genssm import files, pipeline
+    from genssm.request import Request
 
     pipe = pipeline.load(model)
+    settings = {f.name: context.params.get(f.name) for f in fields(Request)}
     if seconds is not None:
-        if pipe.modality != "audio":
-            raise UsageError(f"--seconds is for sound; {model!r} makes {pipe.modality}")
-        if max_tokens is not None:
-            raise UsageError("give --seconds or --max-tokens, not both")
-        max_tokens = round(seconds * pipe.config["codec"]["rate"])
-    live = pipe.modality == "text" and count == 1 and out is None and not as_json
-    settings: dict[str, Any] = {
-        "label": label,
-        "keep_rows": keep_rows,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or (),
-        "seed": pipeline.new_seed() if seed is None else seed,
-    }
+        settings["max_tokens"] = _tokens(pipe, seconds, max_tokens)
     try:
-        output = files.Output(pipe, out, count, force)
+        request = Request(**{k: v for k, v in settings.items() if v is not None})
+        output = files.Output(pipe, out, request.count, force)
         raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
-        samples, interrupted = _draw(pipe, raw_prompt, count, settings, live)
+        plan = pipe.plan(raw_prompt, request)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    live = pipe.modality == "text" and request.count == 1 and out is None and not as_json
+    if live:
+        sys.stdout.write(raw_prompt or "")
+    samples, interrupted = _draw(pipe.batches(plan), live)
     _deliver(samples, output, prompt, as_json, live)
     if not quiet and not as_json and samples:
         _summarize(samples, output)
@@ -164,19 +158,18 @@ def sample(
         raise KeyboardInterrupt
 
 
-def _draw(
-    pipe: Pipeline, prompt: Any, count: int, settings: dict[str, Any], live: bool
-) -> tuple[list[Sample], bool]:
-    """All samples, and whether Ctrl-C cut the drawing short. ``live`` writes text as it comes."""
-    from genssm.pipeline import LARGEST_BATCH
+def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
+    if not isinstance(rate := getattr(pipe.codec, "rate", None), int):
+        raise UsageError(f"--seconds is for sound; {pipe.name!r} makes {pipe.modality}")
+    if max_tokens is not None:
+        raise UsageError("give --seconds or --max-tokens, not both")
+    return round(seconds * rate)
 
+
+def _draw(sessions: Iterator[Session], live: bool) -> tuple[list[Sample], bool]:
+    """All samples, and whether Ctrl-C cut the drawing short. ``live`` writes text as it comes."""
     samples: list[Sample] = []
-    for first in range(0, count, LARGEST_BATCH):
-        size = min(LARGEST_BATCH, count - first)
-        session = pipe.start(prompt, count=size, first=first, **settings)
-        if live and prompt:
-            sys.stdout.write(prompt)
-            sys.stdout.flush()
+    for session in sessions:
         try:
             for _, piece in session:
                 if live:

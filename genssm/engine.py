@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class Generation:
         config: SamplingConfig,
         *,
         seed: int,
-        indices: range,
+        indices: Sequence[int],
     ) -> None:
         self.model, self.config = model, config
         self.active = list(range(len(indices)))

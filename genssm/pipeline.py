@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,14 +18,9 @@ from genssm.data import Example
 from genssm.engine import Generation
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel, to_recurrent
-from genssm.sampling import SamplingConfig, new_seed
+from genssm.request import Plan, Request, Settings
+from genssm.sampling import new_seed
 
-# Settings that make good samples; the likelihood itself is at temperature 1 without filters.
-DEFAULTS = {
-    "text": SamplingConfig(temperature=0.8, top_p=0.95),
-    "image": SamplingConfig(temperature=0.98),
-    "audio": SamplingConfig(temperature=0.95),
-}
 LARGEST_BATCH = 64  # samples stepped side by side
 
 
@@ -64,30 +59,25 @@ class Session:
     pixels, blocks of sound. Stopping the iteration at any time keeps what was drawn.
     """
 
-    def __init__(
-        self,
-        model: RecurrentModel,
-        codec: Codec,
-        prompt: Tensor,
-        config: SamplingConfig,
-        *,
-        seed: int,
-        indices: range,
-        max_tokens: int,
-        stop: Sequence[str],
-    ) -> None:
-        self.codec, self.seed, self.indices = codec, seed, indices
-        self.prompt, self.max_tokens, self.stop = prompt, max_tokens, tuple(stop)
+    def __init__(self, model: RecurrentModel, codec: Codec, plan: Plan) -> None:
+        self.codec, self.plan = codec, plan
         self.started = time.perf_counter()
         self.seconds = 0.0
-        self.tokens: list[list[int]] = [[] for _ in indices]
-        self.token_bits: list[list[float]] = [[] for _ in indices]
-        self.finish = ["interrupted"] * len(indices)
-        self._text = [""] * len(indices)  # continuation so far, for the stop strings
-        self._decoders = [codec.decoder() for _ in indices]
-        self._generation = Generation(model, prompt, config, seed=seed, indices=indices)
-        if max_tokens == 0:
-            self._finish(dict.fromkeys(self._generation.active, "length"))
+        samples = range(len(plan.indices))
+        self.tokens: list[list[int]] = [[] for _ in samples]
+        self.token_bits: list[list[float]] = [[] for _ in samples]
+        self.finish = ["interrupted"] * len(samples)
+        self._text = [""] * len(samples)  # continuation so far, for the stop strings
+        self._decoders = [codec.decoder() for _ in samples]
+        self._generation = Generation(
+            model, torch.tensor(plan.tokens), plan.sampling, seed=plan.seed, indices=plan.indices
+        )
+        if plan.max_tokens == 0:
+            self._finish(dict.fromkeys(samples, "length"))
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed
 
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
         while self._generation.active:
@@ -105,7 +95,7 @@ class Session:
                         pieces.append((i, piece))
                         if self._stopped(i, piece):
                             done[i] = "stop"
-                    if len(self.tokens[i]) >= self.max_tokens:
+                    if len(self.tokens[i]) >= self.plan.max_tokens:
                         done.setdefault(i, "length")
                 if i in done and done[i] != "stop":
                     rest = self._decoders[i].flush()
@@ -121,17 +111,17 @@ class Session:
         self._generation.finish(set(done))
 
     def _stopped(self, i: int, piece: Raw) -> bool:
-        if not self.stop:
+        if not self.plan.stop:
             return False
         self._text[i] += piece
-        return any(s in self._text[i] for s in self.stop)
+        return any(s in self._text[i] for s in self.plan.stop)
 
     def _raw(self, i: int) -> Raw:
-        raw = self.codec.decode([*self.prompt.tolist(), *self.tokens[i]])
+        raw = self.codec.decode([*self.plan.tokens, *self.tokens[i]])
         if self.finish[i] == "stop":
             text = self._text[i]
-            first = min(text.find(s) for s in self.stop if s in text)
-            return self.codec.decode(self.prompt) + text[:first]
+            first = min(text.find(s) for s in self.plan.stop if s in text)
+            return self.codec.decode(self.plan.tokens) + text[:first]
         return raw
 
     def run(self) -> list[Sample]:
@@ -153,7 +143,7 @@ class Session:
                 finish=self.finish[i],
                 seconds=self.seconds,
             )
-            for i, index in enumerate(self.indices)
+            for i, index in enumerate(self.plan.indices)
         ]
 
 
@@ -180,52 +170,42 @@ class Pipeline:
         """ "text", "image" or "audio"."""
         return self.codec.modality
 
-    def start(
-        self,
-        prompt: Raw = None,
-        *,
-        label: str | None = None,
-        keep_rows: int | None = None,
-        count: int = 1,
-        first: int = 0,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> Session:
-        """Read the prompt and return the samples in the making; see ``sample`` for the arguments.
+    def plan(self, prompt: Raw = None, request: Request | None = None) -> Plan:
+        """What a prompt and a request mean for this model; see ``sample``.
+
+        Raises ValueError for a prompt or setting that does not fit.
+        """
+        request = request or Request()
+        if request.stop and self.modality != "text":
+            raise ValueError("stop strings end text; this model does not write text")
+        tokens = self.prompt_tokens(prompt, label=request.label, keep_rows=request.keep_rows)
+        return Plan(
+            tokens=tuple(tokens.tolist()),
+            sampling=request.sampling(self.modality),
+            max_tokens=self._length(len(tokens), request.max_tokens),
+            stop=request.stop,
+            seed=new_seed() if request.seed is None else request.seed,
+            indices=tuple(range(request.first, request.first + request.count)),
+        )
+
+    def start(self, prompt: Raw = None, **settings: Unpack[Settings]) -> Session:
+        """Read the prompt and return one batch of samples in the making; arguments as ``sample``.
 
         ``first`` is the index of the first sample: samples 4 … 7 of a seed are
         ``start(count=4, first=4, seed=seed)``.
         """
-        if not 1 <= count <= LARGEST_BATCH:
-            raise ValueError(f"one batch holds 1 … {LARGEST_BATCH} samples, got {count}")
-        if stop and self.modality != "text":
-            raise ValueError("stop strings end text; this model does not write text")
-        if any(not s for s in stop):
-            raise ValueError("a stop string must not be empty")
-        config = DEFAULTS[self.modality].changed(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
-        tokens = self.prompt_tokens(prompt, label=label, keep_rows=keep_rows)
-        return Session(
-            self.recurrent,
-            self.codec,
-            tokens,
-            config,
-            seed=new_seed() if seed is None else seed,
-            indices=range(first, first + count),
-            max_tokens=self._length(tokens, max_tokens),
-            stop=stop,
-        )
+        plan = self.plan(prompt, Request(**settings))  # type: ignore[arg-type]
+        if len(plan.indices) > LARGEST_BATCH:
+            raise ValueError(
+                f"one batch holds 1 … {LARGEST_BATCH} samples, got {len(plan.indices)}"
+            )
+        return Session(self.recurrent, self.codec, plan)
+
+    def batches(self, plan: Plan) -> Iterator[Session]:
+        """The samples of a plan, at most ``LARGEST_BATCH`` side by side."""
+        for i in range(0, len(plan.indices), LARGEST_BATCH):
+            indices = plan.indices[i : i + LARGEST_BATCH]
+            yield Session(self.recurrent, self.codec, replace(plan, indices=indices))
 
     def prompt_tokens(
         self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
@@ -251,69 +231,32 @@ class Pipeline:
             tokens = tokens[: 1 + rows * codec.shape[1] * codec.shape[2]]
         return tokens
 
-    def _length(self, prompt: Tensor, max_tokens: int | None) -> int:
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
+    def _length(self, read: int, max_tokens: int | None) -> int:
         if isinstance(self.codec, Image):
-            left = self.codec.length + 1 - len(prompt)
+            left = self.codec.length + 1 - read
             return left if max_tokens is None else min(left, max_tokens)
         if max_tokens is None:
             return 2 * self.codec.rate if isinstance(self.codec, Audio) else 256
         return max_tokens
 
-    def sample(
-        self,
-        prompt: Raw = None,
-        *,
-        label: str | None = None,
-        keep_rows: int | None = None,
-        count: int = 1,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> list[Sample]:
+    def sample(self, prompt: Raw = None, **settings: Unpack[Settings]) -> list[Sample]:
         """Draw ``count`` samples that continue ``prompt``.
 
         ``prompt``: text; a picture uint8 (H, W, C), of which ``keep_rows`` rows are kept (half of
-        them by default); sound float32 (samples,); or the name of a class. ``label`` adds a class
-        to a picture or sound. ``max_tokens`` counts drawn tokens (default: 256 for text, the whole
-        picture, two seconds of sound). Settings left at None are those of ``DEFAULTS``.
+        them by default); sound float32 (samples,); or the name of a class. The settings are the
+        fields of ``Request``: ``count``, ``label``, ``max_tokens``, ``temperature``, ``seed``, …
         The same ``seed`` gives the same samples, alone or in any batch.
 
         Raises ValueError for a prompt or setting that does not fit.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        seed = new_seed() if seed is None else seed
-        samples: list[Sample] = []
-        for first in range(0, count, LARGEST_BATCH):
-            samples += self.start(
-                prompt,
-                label=label,
-                keep_rows=keep_rows,
-                count=min(LARGEST_BATCH, count - first),
-                first=first,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop=stop,
-                seed=seed,
-            ).run()
-        return samples
+        plan = self.plan(prompt, Request(**settings))  # type: ignore[arg-type]
+        return [sample for session in self.batches(plan) for sample in session.run()]
 
-    def stream(self, prompt: Raw = None, **settings: Any) -> Iterator[Raw]:
+    def stream(self, prompt: Raw = None, **settings: Unpack[Settings]) -> Iterator[Raw]:
         """Draw one sample and yield its pieces as they become whole.
 
         Text: characters; pictures: rows uint8 (1, W, C); sound: float32 (n,). Settings are those of
-         ``sample`` without ``count``. The prompt itself is not repeated.
+        ``sample`` without ``count``. The prompt itself is not repeated.
         """
         for _, piece in self.start(prompt, **settings):
             yield piece

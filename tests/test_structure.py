@@ -26,6 +26,7 @@ ORDER = (
     "train",
     "sampling",
     "engine",
+    "request",
     "pipeline",
     "inspection",
     "files",

@@ -6,16 +6,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
 if TYPE_CHECKING:
+    from genssm.engine import Reading
     from genssm.files import Output
     from genssm.pipeline import Pipeline, Sample, Session
+    from genssm.request import Plan
 
 P = ParamSpec("P")
 
@@ -83,7 +85,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr."
 @_command
 def sample(
     context: typer.Context,
-    model: Model = "wiki",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Shipped name, checkpoint folder or Hub id (wiki)."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -129,33 +134,116 @@ def sample(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The same seed gives the same sample.")
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Over 1 stresses the class: any + w (class - any), in logits."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many for each sample, keep the likeliest.")
+    ] = None,
+    trim: Annotated[
+        float | None, typer.Option(help="With --rank, pass over this part of the likeliest.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale the time step of sound: 0.5 gives twice the sampling rate, 2 half of it. "
+            "Pools keep their number of samples, so quality falls with the distance from 1."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Continue from this state file instead of a prompt.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Write the state after the sample, to continue it later.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Repeat the samples of this PNG, WAV or JSON exactly.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample text, pictures or sound; the model decides which."""
-    from genssm import files, pipeline
-    from genssm.request import Request
+    from genssm import files
+    from genssm.checkpoint import CheckpointError
+    from genssm.pipeline import best
 
-    pipe = pipeline.load(model)
-    settings = {f.name: context.params.get(f.name) for f in fields(Request)}
-    if seconds is not None:
-        settings["max_tokens"] = _tokens(pipe, seconds, max_tokens)
     try:
-        request = Request(**{k: v for k, v in settings.items() if v is not None})
-        output = files.Output(pipe, out, request.count, force)
-        raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
-        plan = pipe.plan(raw_prompt, request)
+        job = _repeated(context) if like else _requested(context)
+        pipe, plan = job.pipe, job.plan
+        if save_state is not None:
+            if len(plan.indices) > 1:
+                raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
+            files.check_target(save_state, force)
+        output = files.Output(pipe, out, len(plan.indices) // job.rank, force, job.prompt)
+        sessions = pipe.batches(plan, job.state)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
-    live = pipe.modality == "text" and request.count == 1 and out is None and not as_json
+    single = len(plan.indices) == 1
+    live = pipe.modality == "text" and single and out is None and not as_json
     if live:
-        sys.stdout.write(raw_prompt or "")
-    samples, interrupted = _draw(pipe.batches(plan), live)
-    _deliver(samples, output, prompt, as_json, live)
+        sys.stdout.write(pipe.codec.decode(plan.tokens))
+    drawn, interrupted = _draw(sessions, live)
+    samples = best([s for session in drawn for s in session.samples()], job.rank, job.trim)
+    _deliver(samples, output, as_json, live)
+    if save_state is not None and drawn:
+        pipe.save_state(drawn[0].reading(), save_state)
     if not quiet and not as_json and samples:
         _summarize(samples, output)
     if interrupted:
         raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one ``genssm sample`` does."""
+
+    pipe: Pipeline
+    plan: Plan
+    state: Reading | None
+    prompt: str | None  # as it was given
+    rank: int = 1
+    trim: float = 0.0
+
+
+def _requested(context: typer.Context) -> _Job:
+    from genssm import files, pipeline
+    from genssm.request import Request
+
+    options = context.params
+    pipe = pipeline.load(options["model"] or "wiki")
+    if options["rate"] is not None:
+        pipe = pipe.at_rate(options["rate"])
+    settings = {f.name: options.get(f.name) for f in fields(Request)}
+    if options["seconds"] is not None:
+        settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
+    request = Request(**{k: v for k, v in settings.items() if v is not None})
+    state = None if options["state"] is None else pipe.load_state(options["state"])
+    prompt = files.read_prompt(pipe.codec, options["prompt"], sys.stdin)
+    plan = pipe.plan(prompt, request, state)
+    return _Job(pipe, plan, state, options["prompt"], request.rank, request.trim)
+
+
+def _repeated(context: typer.Context) -> _Job:
+    """``--like``: the recipe decides all; ``--model`` and ``--state`` may say where things are."""
+    from genssm import files, pipeline
+    from genssm.checkpoint import local_folder
+
+    options = context.params
+    allowed = {"like", "model", "state", "save_state", "out", "force", "as_json", "quiet"}
+    for name, value in options.items():
+        if name not in allowed and value not in (None, [], ()):
+            option = name.replace("_", "-")
+            raise UsageError(f"--like repeats a file as it was made; leave out --{option}")
+    recipe = files.read_recipe(options["like"])
+    model = options["model"] or recipe.model
+    if options["model"] is None and local_folder(model) is None:  # a file starts no download
+        raise UsageError(f"the file was made by the model {model!r:.200}; give it with --model")
+    pipe = pipeline.load(model).at_recipe(recipe)
+    state = None if options["state"] is None else pipe.load_state(options["state"])
+    return _Job(pipe, recipe.plan, state, recipe.prompt)
 
 
 def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
@@ -166,30 +254,26 @@ def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
     return round(seconds * rate)
 
 
-def _draw(sessions: Iterator[Session], live: bool) -> tuple[list[Sample], bool]:
-    """All samples, and whether Ctrl-C cut the drawing short. ``live`` writes text as it comes."""
-    samples: list[Sample] = []
+def _draw(sessions: Iterable[Session], live: bool) -> tuple[list[Session], bool]:
+    """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes."""
+    drawn: list[Session] = []
     for session in sessions:
+        drawn.append(session)
         try:
             for _, piece in session:
                 if live:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
         except KeyboardInterrupt:
-            return samples + session.samples(), True
-        samples += session.samples()
-    return samples, False
+            return drawn, True
+    return drawn, False
 
 
-def _deliver(
-    samples: list[Sample], output: Output, prompt: str | None, as_json: bool, live: bool
-) -> None:
+def _deliver(samples: list[Sample], output: Output, as_json: bool, live: bool) -> None:
     written = output.write(samples)
     if as_json:
         for item, file in zip(samples, written, strict=True):
-            sys.stdout.write(
-                json.dumps(output.facts(item, prompt, file), ensure_ascii=False) + "\n"
-            )
+            sys.stdout.write(json.dumps(output.facts(item, file), ensure_ascii=False) + "\n")
     elif live:
         sys.stdout.write("\n")
     elif output.target is None:  # text for stdout
@@ -253,6 +337,50 @@ def train(
 
 @app.command()
 @_command
+def score(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|TEXT",
+            help="Text (- reads stdin, a .txt file is read), or a picture or sound file.",
+        ),
+    ],
+    model: Model = "wiki",
+    label: Annotated[str | None, typer.Option(help="Class in whose context it is scored.")] = None,
+    classify: Annotated[
+        bool, typer.Option("--classify", help="The probability of each class instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the exact likelihood of one text, picture or sound, or classify by it."""
+    from genssm import files
+    from genssm.pipeline import load
+
+    pipe = load(model)
+    try:
+        raw = files.read_prompt(pipe.codec, source, sys.stdin)
+        if pipe.modality != "text" and isinstance(raw, str):
+            raise UsageError(f"a class has no likelihood; give a file instead of {source!r}")
+        if classify and label is not None:
+            raise UsageError("--classify compares all classes; leave out --label")
+        facts = files.classification(pipe, raw) if classify else files.likelihood(pipe, raw, label)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if as_json:
+        sys.stdout.write(json.dumps({"model": model} | facts) + "\n")
+    elif classify:
+        for name, p in facts["classes"].items():
+            sys.stdout.write(f"{p:7.4f}  {name}\n")
+    else:
+        sys.stdout.write(
+            f"{facts['bits']:.4f} bits, {facts['value']:.4f} {facts['unit']}  "
+            f"({len(facts['token_bits'])} tokens, {facts['units']} "
+            f"{facts['unit'].removeprefix('bits/')}s)\n"
+        )
+
+
+@app.command()
+@_command
 def evaluate(
     name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
     data: Annotated[Path, typer.Option(help="Text, .npy of pictures, folder or tar of files.")],
@@ -263,6 +391,9 @@ def evaluate(
         str | None,
         typer.Option(help="Write the result into the checkpoint's config.json under this name."),
     ] = None,
+    rate: Annotated[
+        float, typer.Option(help="Scale the time step of sound, as in sample; 0.5: twice the Hz.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Measure the exact likelihood of data: bits per byte, dimension or sample."""
@@ -270,7 +401,7 @@ def evaluate(
     from genssm.data import read_examples
     from genssm.pipeline import load
 
-    pipe = load(name)
+    pipe = load(name).at_rate(rate)
     result = pipe.evaluate(read_examples(data, pipe.codec), limit)
     if record is not None:
         measured = {"value": round(result.value, 4), "unit": result.unit}
@@ -278,6 +409,7 @@ def evaluate(
     if as_json:
         facts = {
             "model": name,
+            "rate": rate,
             "value": result.value,
             "unit": result.unit,
             "bits": result.bits,

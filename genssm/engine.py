@@ -25,6 +25,15 @@ class Drawn:
     bits: float
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A sequence as the model remembers it: what was read, the state after it, what comes next."""
+
+    tokens: Tensor  # (L,) int64, start token first
+    logits: Tensor  # (1, V) of the next token
+    state: State  # of one sequence
+
+
 class Generation:
     """Samples that continue one prompt. Each ``step`` draws a token for every active sample.
 
@@ -37,21 +46,30 @@ class Generation:
     def __init__(
         self,
         model: RecurrentModel,
-        prompt: Tensor,
+        start: Reading,
         config: SamplingConfig,
         *,
         seed: int,
         indices: Sequence[int],
+        guide: Reading | None = None,
+        guidance: float = 1.0,
     ) -> None:
-        self.model, self.config = model, config
+        """``guide``: what was read without the class; logits are guide + guidance·(start - guide).
+
+        Both streams step in one batch, first all rows of ``start``, then all rows of ``guide``.
+        """
+        self.model, self.config, self.guidance = model, config, guidance
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
-        with one_thread():
-            logits, state = read(model, prompt)
-        rows = torch.zeros(len(indices), dtype=torch.int64)
+        self._guided = guide is not None
+        logits, state = start.logits, start.state
+        if guide is not None:
+            logits = torch.cat([logits, guide.logits])
+            state = _beside(state, guide.state)
+        rows = torch.arange(len(logits)).repeat_interleave(len(indices))
         self._logits, self._state = logits[rows], state.rows(rows)
         self._seen = torch.zeros(len(indices), logits.shape[-1], dtype=torch.bool)
-        self._seen[:, prompt[prompt < logits.shape[-1]]] = True
+        self._seen[:, start.tokens[start.tokens < logits.shape[-1]]] = True
         self._pending: Tensor | None = None  # drawn, not yet read by the model
 
     def step(self) -> list[Drawn]:
@@ -60,15 +78,18 @@ class Generation:
             return []
         with one_thread():
             if self._pending is not None:
-                self._logits, self._state = self.model.step(self._pending, self._state)
-            logits = self._logits
+                read = self._pending.repeat(1 + self._guided)
+                self._logits, self._state = self.model.step(read, self._state)
+            logits = own = self._logits[: len(self.active)]
+            if self._guided:
+                logits = torch.lerp(self._logits[len(self.active) :], own, self.guidance)
             if self.config.repetition_penalty != 1:
                 logits = penalize(logits, self._seen, self.config.repetition_penalty)
             p = probabilities(logits, self.config)
             uniform = [self._streams[i].next() for i in self.active]
             tokens = draw(p, torch.tensor(uniform, dtype=torch.float64))
-            chosen = self._logits.gather(-1, tokens[:, None])[:, 0]
-            bits = (self._logits.logsumexp(-1) - chosen) / math.log(2)
+            chosen = own.gather(-1, tokens[:, None])[:, 0]
+            bits = (own.logsumexp(-1) - chosen) / math.log(2)
             self._seen.scatter_(-1, tokens[:, None], True)
             self._pending = tokens
         return [
@@ -80,23 +101,59 @@ class Generation:
         kept = [row for row, sample in enumerate(self.active) if sample not in samples]
         if len(kept) == len(self.active):
             return
-        self.active = [self.active[row] for row in kept]
         rows = torch.tensor(kept, dtype=torch.int64)
-        self._logits, self._state = self._logits[rows], self._state.rows(rows)
+        every = torch.cat([rows + i * len(self.active) for i in range(1 + self._guided)])
+        self.active = [self.active[row] for row in kept]
+        self._logits, self._state = self._logits[every], self._state.rows(every)
         self._seen = self._seen[rows]
         if self._pending is not None:
             self._pending = self._pending[rows]
 
+    def snapshot(self) -> Snapshot:
+        """What the model remembers of every active sample, without the token drawn last."""
+        rows = torch.arange(len(self.active))
+        return Snapshot(tuple(self.active), self._logits[rows], self._state.rows(rows))
 
-def read(model: RecurrentModel, prompt: Tensor) -> tuple[Tensor, State]:
-    """Read a prompt (L,) in parallel, in pieces → logits (1, V) of the next token, state."""
-    if len(prompt) == 0:
+
+@dataclass(frozen=True)
+class Snapshot:
+    """States of several samples at one position."""
+
+    samples: tuple[int, ...]
+    logits: Tensor  # (B, V)
+    state: State
+
+    def reading(self, sample: int, tokens: Tensor) -> Reading:
+        """The reading of one sample, which began with tokens (L,)."""
+        row = torch.tensor([self.samples.index(sample)])
+        read = tokens[: int(self.state.position)]
+        return Reading(read, self.logits[row], self.state.rows(row))
+
+
+def read(model: RecurrentModel, tokens: Tensor, before: Reading | None = None) -> Reading:
+    """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``."""
+    if before is None and len(tokens) == 0:
         raise ValueError("a prompt needs at least its start token")
-    state = model.initial_state(1)
-    logits = torch.empty(0)
-    for i in range(0, len(prompt), PIECE):
-        logits, state = model.prefill(prompt[None, i : i + PIECE], state)
-    return logits[:, -1], state
+    logits, state = torch.empty(0), model.initial_state(1)
+    if before is not None:
+        logits, state = before.logits, before.state
+    with one_thread():
+        for i in range(0, len(tokens), PIECE):
+            every, state = model.prefill(tokens[None, i : i + PIECE], state)
+            logits = every[:, -1]
+    return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
+
+
+def _beside(first: State, second: State) -> State:
+    """Two states at one position as one batch."""
+
+    def join(a: Tensor | tuple, b: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.cat([a, b])
+        return tuple(map(join, a, b))
+
+    history = torch.cat([first.history, second.history])
+    return State(first.position, history, tuple(map(join, first.layers, second.layers)))
 
 
 @contextmanager

@@ -31,6 +31,9 @@ class Settings(TypedDict, total=False):
     repetition_penalty: float | None
     stop: tuple[str, ...] | list[str]
     seed: int | None
+    guidance: float
+    rank: int
+    trim: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Request:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()  # strings before which a text ends
     seed: int | None = None  # a fresh one
+    guidance: float = 1.0  # logits are any + guidance·(class - any); 1 is the model itself
+    rank: int = 1  # draw so many for each sample, keep the one of fewest bits per token
+    trim: float = 0.0  # of those, pass over this part of the likeliest (silence, say)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -62,6 +68,11 @@ class Request:
             raise ValueError("a stop string must not be empty")
         if self.seed is not None:
             check_seed(self.seed)
+        check_guidance(self.guidance)
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 <= self.trim < 1:
+            raise ValueError(f"trim must lie in 0 … 1 (1 excluded), got {self.trim}")
 
     def sampling(self, modality: str) -> SamplingConfig:
         """How tokens are drawn: the defaults of the modality, with what was asked for."""
@@ -74,6 +85,12 @@ class Request:
         )
 
 
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError for a factor out of range."""
+    if not -100 <= guidance <= 100:
+        raise ValueError(f"guidance must lie in -100 … 100, got {guidance}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that decides samples, given the model: a request with nothing left open."""
@@ -84,3 +101,21 @@ class Plan:
     stop: tuple[str, ...]
     seed: int
     indices: tuple[int, ...]  # of the samples; each has its own random stream
+    guidance: float = 1.0
+    state: str | None = None  # fingerprint of the state that is continued
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_seed(self.seed)
+        check_guidance(self.guidance)
+        rules = [
+            (bool(self.tokens), "a start token"),
+            (all(0 <= t < 2**31 for t in self.tokens), "token ids in 0 … 2^31 - 1"),
+            (0 <= self.max_tokens < 2**31, "max_tokens in 0 … 2^31 - 1"),
+            (all(self.stop), "stop strings that are not empty"),
+            (bool(self.indices), "a sample"),
+            (all(0 <= i < 2**63 for i in self.indices), "sample indices in 0 … 2^63 - 1"),
+        ]
+        broken = [rule for holds, rule in rules if not holds]
+        if broken:
+            raise ValueError(f"samples need {', '.join(broken)}")

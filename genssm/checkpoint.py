@@ -208,7 +208,7 @@ def content_hash(checkpoint: Checkpoint) -> str:
         digest.update(hashlib.sha256(checkpoint.codec.tokenizer).digest())
     for name, tensor in sorted(stored_weights(checkpoint.model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -35,8 +35,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able facts, from which ``from_json`` makes the recipe again."""
-        facts = {"genssm_recipe": FORMAT_VERSION} | asdict(self)
-        return facts | facts.pop("plan")
+        facts: dict[str, Any] = {"genssm_recipe": FORMAT_VERSION, **asdict(self)}
+        plan: dict[str, Any] = facts.pop("plan")
+        return facts | plan
 
 
 def parse(text: str | bytes) -> Recipe:
@@ -54,24 +55,24 @@ def from_json(facts: Any) -> Recipe:
     """The recipe of ``to_json``. Raises RecipeError for unknown, missing or unfit facts."""
     if not isinstance(facts, dict) or "genssm_recipe" not in facts:
         raise RecipeError("there is no recipe of genssm")
-    rest = dict(facts)
+    rest: dict[str, Any] = dict(facts)
     version = rest.pop("genssm_recipe")
     if version != FORMAT_VERSION:
         raise RecipeError(
             f"the recipe has format version {version!r:.40}, this genssm reads {FORMAT_VERSION}"
         )
-    sampling = rest.get("sampling")
     ours = {f.name for f in fields(Recipe)} - {"plan"}
     parts = [
         (rest, ours | {f.name for f in fields(Plan)}),
-        (sampling, {f.name for f in fields(SamplingConfig)}),
+        (rest.get("sampling"), {f.name for f in fields(SamplingConfig)}),
     ]
     for part, known in parts:
         if not isinstance(part, dict) or set(part) != known:
             raise RecipeError(f"the recipe must set exactly {', '.join(sorted(known))}")
     try:
         own = {name: rest.pop(name) for name in ours}
-        plan = Plan(**(rest | {"sampling": SamplingConfig(**sampling)}))
+        rest["sampling"] = SamplingConfig(**rest["sampling"])
+        plan = Plan(**rest)
         recipe = Recipe(**own, plan=plan)
         check_types(recipe)
     except ValueError as error:

@@ -79,8 +79,10 @@ def from_json(facts: Any) -> Recipe:
         raise RecipeError(f"the recipe is damaged: {error!s:.200}") from error
     if not 0 < recipe.rate < 1e6:
         raise RecipeError(f"the recipe is damaged: its rate is {recipe.rate}")
-    if len(plan.indices) > MOST_SAMPLES:
-        raise RecipeError(f"a recipe makes at most {MOST_SAMPLES} samples")
+    if len(plan.indices) > MOST_SAMPLES or len(plan.tokens) > MOST_TOKENS:
+        raise RecipeError(
+            f"a recipe makes at most {MOST_SAMPLES} samples from at most {MOST_TOKENS} tokens"
+        )
     return recipe
 
 

@@ -62,7 +62,8 @@ def load(path: Path, model: RecurrentModel, *, checkpoint: str, rate: float) -> 
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
             _check_facts(facts, name, checkpoint, rate)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Copies, because the tensors of safetensors live in the file as long as it is there.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise StateError(f"{name} is not a readable state file of genssm") from error
     return _reading(tensors, model, name)

@@ -233,7 +233,8 @@ class Pipeline:
         Δ is scaled by ``rate`` in every layer, so that its dynamics keep their times in seconds.
         What counts tokens stays as it was trained: a pool still joins the same number of samples,
         now of another length, and each step still predicts the next sample from the last. So the
-        sound gets worse with the distance from 1; ``evaluate`` says by how many bits.
+        sound gets worse with the distance from 1; ``evaluate`` measures it, in bits per sample of
+        that rate.
         Converted once for each rate.
         """
         if rate not in self._rates:

@@ -185,7 +185,7 @@ def test_a_state_is_continued_as_its_prompt(
     assert tokens_of(pipe.sample(state=loaded, count=3, max_tokens=20, seed=8)) == tokens_of(
         expected
     )
-    assert list(pipe.stream(state=loaded, max_tokens=5, seed=8))
+    assert list(pipe.stream(state=loaded, max_tokens=9, seed=8))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

@@ -251,6 +251,8 @@ def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
         raise UsageError(f"--seconds is for sound; {pipe.name!r} makes {pipe.modality}")
     if max_tokens is not None:
         raise UsageError("give --seconds or --max-tokens, not both")
+    if not seconds < 1e6:
+        raise UsageError(f"--seconds must be less than a million, got {seconds}")
     return round(seconds * rate)
 
 

@@ -495,6 +495,8 @@ def best(samples: Sequence[Sample], rank: int, trim: float = 0.0) -> list[Sample
     ``trim``: first pass over this part of the likeliest, which are often empty of content, as
     SaShiMi does (arXiv 2202.09729).
     """
+    if rank == 1:
+        return list(samples)
     kept = []
     for _, group in groupby(samples, lambda sample: sample.index // rank):
         ordered = sorted(group, key=lambda sample: sample.bits_per_token)

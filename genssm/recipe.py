@@ -9,14 +9,13 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from genssm.request import Plan
+from genssm.request import MOST_SAMPLES, Plan
 from genssm.sampling import SamplingConfig
 from genssm.settings import check_types
 
 FORMAT_VERSION = 1
 LARGEST = 2**22  # characters of JSON
 MOST_TOKENS = 2**18  # of a prompt
-MOST_SAMPLES = 4096
 
 
 class RecipeError(ValueError):

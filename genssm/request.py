@@ -14,6 +14,7 @@ DEFAULTS = {
     "image": SamplingConfig(temperature=0.98),
     "audio": SamplingConfig(temperature=0.95),
 }
+MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
 
 
 class Settings(TypedDict, total=False):
@@ -73,6 +74,12 @@ class Request:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0 <= self.trim < 1:
             raise ValueError(f"trim must lie in 0 … 1 (1 excluded), got {self.trim}")
+        if self.trim > 0 and self.rank == 1:
+            raise ValueError("trim passes over some of those that rank draws; set rank, too")
+        if self.count * self.rank > MOST_SAMPLES:
+            raise ValueError(
+                f"count × rank must be at most {MOST_SAMPLES}, got {self.count} × {self.rank}"
+            )
 
     def sampling(self, modality: str) -> SamplingConfig:
         """How tokens are drawn: the defaults of the modality, with what was asked for."""

@@ -245,6 +245,8 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
         (["sample", "-m", "AUDIO", "-p", "notes.png"], 2, "is not a readable sound file"),
         (["sample", "-m", "TEXT", "-p", "missing.txt"], 2, "cannot read the prompt"),
         (["sample", "-m", "TEXT", "--seconds", "1"], 2, "--seconds is for sound"),
+        (["sample", "-m", "AUDIO", "--seconds", "inf"], 2, "less than a million"),
+        (["sample", "-m", "TEXT", "-n", "1000000000"], 2, "count × rank must be at most"),
         (["sample", "-m", "TEXT", "--keep-rows", "1"], 2, "keep_rows needs a picture"),
         (["sample", "-m", "TEXT", "--top-p", "7"], 2, "0 < top_p <= 1"),
         (["sample", "-m", "IMAGE", "-o", "a.txt"], 2, "must end in .png"),

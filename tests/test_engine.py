@@ -80,6 +80,30 @@ def test_finished_samples_leave_without_a_trace(make_model: MakeModel) -> None:
     assert generation.step() == []
 
 
+def test_guided_samples_leave_without_a_trace(make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
+    streams = [read(recurrent, PROMPT), read(recurrent, torch.tensor([21, 3, 1, 4]))]
+
+    def start() -> Generation:
+        return Generation(
+            recurrent, streams[0], SamplingConfig(), seed=2, indices=range(3),
+            guide=streams[1], guidance=2.0,
+        )  # fmt: skip
+
+    complete = drawn(start(), 20)
+    generation = start()
+    first = drawn(generation, 7)
+    generation.finish({1})
+    rest = drawn(generation, 13)
+    for i in (0, 2):
+        assert first[i] + rest[i] == complete[i]
+    snapshot = generation.snapshot()
+    assert snapshot.samples == (0, 2)
+    assert [len(t) for t in snapshot.state.tensors()[1:]] == [2] * (
+        len(snapshot.state.tensors()) - 1
+    )
+
+
 def test_a_prompt_read_in_pieces_gives_the_same_logits(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

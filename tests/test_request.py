@@ -34,6 +34,12 @@ def test_a_list_of_stop_strings_will_do() -> None:
         ({"stop": "ab"}, "stop must be tuple"),
         ({"seed": -3}, "seed must lie in"),
         ({"seed": 2**63}, "seed must lie in"),
+        ({"count": 10**9}, "count × rank must be at most"),
+        ({"count": 1000, "rank": 1000}, "count × rank must be at most"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 2, "trim": -0.1}, "trim must lie in"),
+        ({"trim": 0.1}, "set rank, too"),
+        ({"guidance": math.nan}, "guidance must lie in"),
         ({"temperature": "hot"}, "temperature must be float"),
     ],
 )

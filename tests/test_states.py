@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import genssm
 from genssm import states
 from genssm.checkpoint import Checkpoint, content_hash, save
 from genssm.codec import Audio, Codec
@@ -57,8 +58,8 @@ def test_a_loaded_state_is_the_saved_one(
 
 
 def test_another_process_continues_token_for_token(pipe: Pipeline, tmp_path: Path) -> None:
-    save(pipe.checkpoint, tmp_path / "model")
-    pipe.save_state(pipe.read("two"), tmp_path / "a.state")
+    stored = genssm.load(save(pipe.checkpoint, tmp_path / "model"))
+    stored.save_state(stored.read("two"), tmp_path / "a.state")
     code = (
         "import sys, genssm\n"
         "pipe = genssm.load(sys.argv[1])\n"
@@ -73,7 +74,7 @@ def test_another_process_continues_token_for_token(pipe: Pipeline, tmp_path: Pat
         check=True,
         cwd=Path(__file__).parents[1],
     ).stdout
-    expected = pipe.sample("two", count=2, max_tokens=40, seed=4)
+    expected = stored.sample("two", count=2, max_tokens=40, seed=4)
     assert restarted == f"{[s.tokens for s in expected]}\n"
 
 

@@ -6,6 +6,7 @@ Nothing is pickled. Large matrices are stored in bfloat16, everything else in fl
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -66,9 +67,7 @@ def shipped_folders() -> dict[str, Path]:
 def resolve(name: str) -> Path:
     """The folder of a checkpoint: a shipped name, a folder, or a Hub id "owner/name"."""
     shipped = shipped_folders()
-    if name in shipped:
-        return shipped[name]
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is not None:
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -81,7 +80,10 @@ def resolve(name: str) -> Path:
     )
 
 
-def _folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
+    """The shipped checkpoint or the folder of this name, None if there is none here."""
+    if name in (shipped := shipped_folders()):
+        return shipped[name]
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -194,6 +196,20 @@ def stored_weights(model: SequenceModel) -> dict[str, Tensor]:
         name: value.detach().to("cpu", dtypes[name]).contiguous()
         for name, value in model.state_dict().items()
     }
+
+
+def content_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 of what decides samples: architecture, codec and weights; not the metrics."""
+    digest = hashlib.sha256()
+    config = checkpoint.to_config()
+    parts = {key: config[key] for key in ("format_version", "codec", "model")}
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    if isinstance(checkpoint.codec, Text):
+        digest.update(hashlib.sha256(checkpoint.codec.tokenizer).digest())
+    for name, tensor in sorted(stored_weights(checkpoint.model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save(checkpoint: Checkpoint, folder: str | Path) -> Path:

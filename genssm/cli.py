@@ -6,15 +6,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
 if TYPE_CHECKING:
+    from genssm.engine import Reading
     from genssm.files import Output
-    from genssm.pipeline import Pipeline, Sample
+    from genssm.pipeline import Pipeline, Sample, Session
+    from genssm.request import Plan
 
 P = ParamSpec("P")
 
@@ -89,7 +92,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr."
 @app.command()
 @_command
 def sample(
-    model: Model = "wiki",
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Shipped name, checkpoint folder or Hub id (wiki)."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -103,7 +110,9 @@ def sample(
         str | None, typer.Option("--out", "-o", help="File to write; - is stdout.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of samples.")] = 1,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="Number of samples (1).")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=0, help="Most tokens to draw (text: 256).")
     ] = None,
@@ -139,82 +148,150 @@ def sample(
     weights: Annotated[
         str, typer.Option(help="bf16, fp32 (exact) or int8 (fastest), for the compiled engine.")
     ] = "bf16",
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Over 1 stresses the class: any + w (class - any), in logits."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many for each sample, keep the likeliest.")
+    ] = None,
+    trim: Annotated[
+        float | None, typer.Option(help="With --rank, pass over this part of the likeliest.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale the time step of sound: 0.5 gives twice the sampling rate, 2 half of it. "
+            "Pools keep their number of samples, so quality falls with the distance from 1."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Continue from this state file instead of a prompt.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Write the state after the sample, to continue it later.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Repeat the samples of this PNG, WAV or JSON exactly.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample text, pictures or sound; the model decides which."""
-    from genssm import files, pipeline, stepper
+    from genssm import files
+    from genssm.checkpoint import CheckpointError
+    from genssm.pipeline import best
 
     try:
-        stepper.check_choice(engine, weights)
+        job = _repeated(context) if like else _requested(context)
+        pipe, plan = job.pipe, job.plan
+        if save_state is not None:
+            if len(plan.indices) > 1:
+                raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
+            files.check_target(save_state, force)
+        output = files.Output(pipe, out, len(plan.indices) // job.rank, force, job.prompt)
+        sessions = pipe.batches(plan, job.state)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipe = pipeline.load(model, engine, weights)
-    if seconds is not None:
-        if pipe.modality != "audio":
-            raise UsageError(f"--seconds is for sound; {model!r} makes {pipe.modality}")
-        if max_tokens is not None:
-            raise UsageError("give --seconds or --max-tokens, not both")
-        max_tokens = round(seconds * pipe.config["codec"]["rate"])
-    live = pipe.modality == "text" and count == 1 and out is None and not as_json
-    settings: dict[str, Any] = {
-        "label": label,
-        "keep_rows": keep_rows,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or (),
-        "seed": pipeline.new_seed() if seed is None else seed,
-    }
-    try:
-        output = files.Output(pipe, out, count, force)
-        raw_prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
-        samples, interrupted = _draw(pipe, raw_prompt, count, settings, live)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _deliver(samples, output, prompt, as_json, live)
+    single = len(plan.indices) == 1
+    live = pipe.modality == "text" and single and out is None and not as_json
+    if live:
+        sys.stdout.write(pipe.codec.decode(plan.tokens))
+    drawn, interrupted = _draw(sessions, live)
+    samples = best([s for session in drawn for s in session.samples()], job.rank, job.trim)
+    _deliver(samples, output, as_json, live)
+    if save_state is not None and drawn:
+        pipe.save_state(drawn[0].reading(), save_state)
     if not quiet and not as_json and samples:
         _summarize(samples, output)
     if interrupted:
         raise KeyboardInterrupt
 
 
-def _draw(
-    pipe: Pipeline, prompt: Any, count: int, settings: dict[str, Any], live: bool
-) -> tuple[list[Sample], bool]:
-    """All samples, and whether Ctrl-C cut the drawing short. ``live`` writes text as it comes."""
-    from genssm.pipeline import LARGEST_BATCH
+@dataclass(frozen=True)
+class _Job:
+    """What one ``genssm sample`` does."""
 
-    samples: list[Sample] = []
-    for first in range(0, count, LARGEST_BATCH):
-        size = min(LARGEST_BATCH, count - first)
-        session = pipe.start(prompt, count=size, first=first, **settings)
-        if live and prompt:
-            sys.stdout.write(prompt)
-            sys.stdout.flush()
+    pipe: Pipeline
+    plan: Plan
+    state: Reading | None
+    prompt: str | None  # as it was given
+    rank: int = 1
+    trim: float = 0.0
+
+
+def _requested(context: typer.Context) -> _Job:
+    from genssm import files, pipeline, stepper
+    from genssm.request import Request
+
+    options = context.params
+    stepper.check_choice(options["engine"], options["weights"])
+    pipe = pipeline.load(options["model"] or "wiki", options["engine"], options["weights"])
+    if options["rate"] is not None:
+        pipe = pipe.at_rate(options["rate"])
+    settings = {f.name: options.get(f.name) for f in fields(Request)}
+    if options["seconds"] is not None:
+        settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
+    request = Request(**{k: v for k, v in settings.items() if v is not None})
+    state = None if options["state"] is None else pipe.load_state(options["state"])
+    prompt = files.read_prompt(pipe.codec, options["prompt"], sys.stdin)
+    plan = pipe.plan(prompt, request, state)
+    return _Job(pipe, plan, state, options["prompt"], request.rank, request.trim)
+
+
+def _repeated(context: typer.Context) -> _Job:
+    """``--like``: the recipe decides all; ``--model`` and ``--state`` may say where things are."""
+    from genssm import files, pipeline
+    from genssm.checkpoint import local_folder
+
+    options = context.params
+    allowed = {"like", "model", "state", "save_state", "out", "force", "as_json", "quiet"}
+    for name in options:
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise UsageError(f"--like repeats a file as it was made; leave out --{option}")
+    recipe = files.read_recipe(options["like"])
+    model = options["model"] or recipe.model
+    if options["model"] is None and local_folder(model) is None:  # a file starts no download
+        raise UsageError(f"the file was made by the model {model!r:.200}; give it with --model")
+    pipe = pipeline.load(model).at_recipe(recipe)
+    state = None if options["state"] is None else pipe.load_state(options["state"])
+    return _Job(pipe, recipe.plan, state, recipe.prompt)
+
+
+def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
+    if not isinstance(rate := getattr(pipe.codec, "rate", None), int):
+        raise UsageError(f"--seconds is for sound; {pipe.name!r} makes {pipe.modality}")
+    if max_tokens is not None:
+        raise UsageError("give --seconds or --max-tokens, not both")
+    if not seconds < 1e6:
+        raise UsageError(f"--seconds must be less than a million, got {seconds}")
+    return round(seconds * rate)
+
+
+def _draw(sessions: Iterable[Session], live: bool) -> tuple[list[Session], bool]:
+    """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes."""
+    drawn: list[Session] = []
+    for session in sessions:
+        drawn.append(session)
         try:
             for _, piece in session:
                 if live:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
         except KeyboardInterrupt:
-            return samples + session.samples(), True
-        samples += session.samples()
-    return samples, False
+            return drawn, True
+    return drawn, False
 
 
-def _deliver(
-    samples: list[Sample], output: Output, prompt: str | None, as_json: bool, live: bool
-) -> None:
+def _deliver(samples: list[Sample], output: Output, as_json: bool, live: bool) -> None:
     written = output.write(samples)
     if as_json:
         for item, file in zip(samples, written, strict=True):
-            sys.stdout.write(
-                json.dumps(output.facts(item, prompt, file), ensure_ascii=False) + "\n"
-            )
+            sys.stdout.write(json.dumps(output.facts(item, file), ensure_ascii=False) + "\n")
     elif live:
         sys.stdout.write("\n")
     elif output.target is None:  # text for stdout
@@ -226,8 +303,6 @@ def _deliver(
 
 
 def _summarize(samples: list[Sample], output: Output) -> None:
-    from genssm.stepper import describe
-
     preview = (
         output.preview(samples) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
     )
@@ -237,7 +312,7 @@ def _summarize(samples: list[Sample], output: Output) -> None:
     speed = tokens / seconds if seconds else 0.0
     _note(
         f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
-        f"{bits / max(1, tokens):.2f} bits/token · {describe(output.pipe.stepper)}"
+        f"{bits / max(1, tokens):.2f} bits/token · {output.pipe.engine_of(samples[0].plan)}"
     )
 
 
@@ -280,6 +355,50 @@ def train(
 
 @app.command()
 @_command
+def score(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|TEXT",
+            help="Text (- reads stdin, a .txt file is read), or a picture or sound file.",
+        ),
+    ],
+    model: Model = "wiki",
+    label: Annotated[str | None, typer.Option(help="Class in whose context it is scored.")] = None,
+    classify: Annotated[
+        bool, typer.Option("--classify", help="The probability of each class instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the exact likelihood of one text, picture or sound, or classify by it."""
+    from genssm import files
+    from genssm.pipeline import load
+
+    pipe = load(model)
+    try:
+        raw = files.read_prompt(pipe.codec, source, sys.stdin)
+        if pipe.modality != "text" and isinstance(raw, str):
+            raise UsageError(f"a class has no likelihood; give a file instead of {source!r}")
+        if classify and label is not None:
+            raise UsageError("--classify compares all classes; leave out --label")
+        facts = files.classification(pipe, raw) if classify else files.likelihood(pipe, raw, label)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if as_json:
+        sys.stdout.write(json.dumps({"model": model} | facts) + "\n")
+    elif classify:
+        for name, p in facts["classes"].items():
+            sys.stdout.write(f"{p:7.4f}  {name}\n")
+    else:
+        sys.stdout.write(
+            f"{facts['bits']:.4f} bits, {facts['value']:.4f} {facts['unit']}  "
+            f"({len(facts['token_bits'])} tokens, {facts['units']} "
+            f"{facts['unit'].removeprefix('bits/')}s)\n"
+        )
+
+
+@app.command()
+@_command
 def evaluate(
     name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
     data: Annotated[Path, typer.Option(help="Text, .npy of pictures, folder or tar of files.")],
@@ -290,6 +409,9 @@ def evaluate(
         str | None,
         typer.Option(help="Write the result into the checkpoint's config.json under this name."),
     ] = None,
+    rate: Annotated[
+        float, typer.Option(help="Scale the time step of sound, as in sample; 0.5: twice the Hz.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Measure the exact likelihood of data: bits per byte, dimension or sample."""
@@ -297,7 +419,7 @@ def evaluate(
     from genssm.data import read_examples
     from genssm.pipeline import load
 
-    pipe = load(name)
+    pipe = load(name).at_rate(rate)
     result = pipe.evaluate(read_examples(data, pipe.codec), limit)
     if record is not None:
         measured = {"value": round(result.value, 4), "unit": result.unit}
@@ -305,6 +427,7 @@ def evaluate(
     if as_json:
         facts = {
             "model": name,
+            "rate": rate,
             "value": result.value,
             "unit": result.unit,
             "bits": result.bits,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ class Drawn:
     bits: float
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A sequence as the model remembers it: what was read, the state after it, what comes next."""
+
+    tokens: Tensor  # (L,) int64, start token first
+    logits: Tensor  # (1, V) of the next token
+    state: State  # of one sequence
+
+
 class Generation:
     """Samples that continue one prompt. Each ``step`` draws a token for every active sample.
 
@@ -46,21 +56,30 @@ class Generation:
     def __init__(
         self,
         model: RecurrentModel,
-        prompt: Tensor,
+        start: Reading,
         config: SamplingConfig,
         *,
         seed: int,
-        indices: range,
+        indices: Sequence[int],
+        guide: Reading | None = None,
+        guidance: float = 1.0,
     ) -> None:
-        self.model, self.config = model, config
+        """``guide``: what was read without the class; logits are guide + guidance·(start - guide).
+
+        Both streams step in one batch, first all rows of ``start``, then all rows of ``guide``.
+        """
+        self.model, self.config, self.guidance = model, config, guidance
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
-        with one_thread():
-            logits, state = read(model, prompt)
-        rows = torch.zeros(len(indices), dtype=torch.int64)
+        self._guided = guide is not None
+        logits, state = start.logits, start.state
+        if guide is not None:
+            logits = torch.cat([logits, guide.logits])
+            state = _beside(state, guide.state)
+        rows = torch.arange(len(logits)).repeat_interleave(len(indices))
         self._logits, self._state = logits[rows], state.rows(rows)
         self._seen = torch.zeros(len(indices), logits.shape[-1], dtype=torch.bool)
-        self._seen[:, prompt[prompt < logits.shape[-1]]] = True
+        self._seen[:, start.tokens[start.tokens < logits.shape[-1]]] = True
         self._pending: Tensor | None = None  # drawn, not yet read by the model
 
     def step(self) -> list[Drawn]:
@@ -69,15 +88,18 @@ class Generation:
             return []
         with one_thread():
             if self._pending is not None:
-                self._logits, self._state = self.model.step(self._pending, self._state)
-            logits = self._logits
+                read = self._pending.repeat(1 + self._guided)
+                self._logits, self._state = self.model.step(read, self._state)
+            logits = own = self._logits[: len(self.active)]
+            if self._guided:
+                logits = torch.lerp(self._logits[len(self.active) :], own, self.guidance)
             if self.config.repetition_penalty != 1:
                 logits = penalize(logits, self._seen, self.config.repetition_penalty)
             p = probabilities(logits, self.config)
             uniform = [self._streams[i].next() for i in self.active]
             tokens = draw(p, torch.tensor(uniform, dtype=torch.float64))
-            chosen = self._logits.gather(-1, tokens[:, None])[:, 0]
-            bits = (self._logits.logsumexp(-1) - chosen) / math.log(2)
+            chosen = own.gather(-1, tokens[:, None])[:, 0]
+            bits = (own.logsumexp(-1) - chosen) / math.log(2)
             self._seen.scatter_(-1, tokens[:, None], True)
             self._pending = tokens
         return [
@@ -89,12 +111,33 @@ class Generation:
         kept = [row for row, sample in enumerate(self.active) if sample not in samples]
         if len(kept) == len(self.active):
             return
-        self.active = [self.active[row] for row in kept]
         rows = torch.tensor(kept, dtype=torch.int64)
-        self._logits, self._state = self._logits[rows], self._state.rows(rows)
+        every = torch.cat([rows + i * len(self.active) for i in range(1 + self._guided)])
+        self.active = [self.active[row] for row in kept]
+        self._logits, self._state = self._logits[every], self._state.rows(every)
         self._seen = self._seen[rows]
         if self._pending is not None:
             self._pending = self._pending[rows]
+
+    def snapshot(self) -> Snapshot:
+        """What the model remembers of every active sample, without the token drawn last."""
+        rows = torch.arange(len(self.active))
+        return Snapshot(tuple(self.active), self._logits[rows], self._state.rows(rows))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """States of several samples at one position."""
+
+    samples: tuple[int, ...]
+    logits: Tensor  # (B, V)
+    state: State
+
+    def reading(self, sample: int, tokens: Tensor) -> Reading:
+        """The reading of one sample, which began with tokens (L,)."""
+        row = torch.tensor([self.samples.index(sample)])
+        read = tokens[: int(self.state.position)]
+        return Reading(read, self.logits[row], self.state.rows(row))
 
 
 @dataclass
@@ -117,21 +160,23 @@ class CompiledGeneration:
     def __init__(
         self,
         model: CompiledModel,
-        prompt: Tensor,
+        start: Reading,
         config: SamplingConfig,
         *,
         seed: int,
-        indices: range,
+        indices: Sequence[int],
+        snapshots: bool = False,
     ) -> None:
-        self.model, self.config = model, config
+        """``snapshots``: keep what ``snapshot`` needs."""
+        self.model, self.config, self._snapshots = model, config, snapshots
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
-        with one_thread():
-            logits, state = read(model, prompt)
         rows = torch.zeros(len(indices), dtype=torch.int64)
-        seen = np.zeros((len(indices), logits.shape[-1]), np.bool_)
-        seen[:, prompt[prompt < logits.shape[-1]].numpy()] = True
-        memory = model.load(state.rows(rows), logits[rows])
+        size = start.logits.shape[-1]
+        seen = np.zeros((len(indices), size), np.bool_)
+        seen[:, start.tokens[start.tokens < size].numpy()] = True
+        memory = model.load(start.state.rows(rows), start.logits[rows])
+        self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
         self._parts = self._shared_out(_Part(list(self.active), memory, seen))
         self._sizes = block_sizes()
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
@@ -144,6 +189,8 @@ class CompiledGeneration:
             active = set(self.active)
             parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
             self._parts = [part for part in parts if part.held]
+            if self._snapshots:
+                self._begun = self._joined(self._parts)
             self._ahead = self._drawn(self._parts, next(self._sizes))
         active = set(self.active)
         return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
@@ -151,6 +198,19 @@ class CompiledGeneration:
     def finish(self, samples: set[int]) -> None:
         """Take samples out of the batch; the others go on as if nothing happened."""
         self.active = [sample for sample in self.active if sample not in samples]
+
+    def snapshot(self) -> Snapshot:
+        """What the model remembered of every sample when the block in hand began."""
+        assert self._begun is not None, "begun without snapshots, or not yet stepped"
+        return self._begun
+
+    def _joined(self, parts: list[_Part]) -> Snapshot:
+        states = [self.model.save(part.memory) for part in parts]
+        return Snapshot(
+            tuple(sample for part in parts for sample in part.held),
+            torch.cat([self.model.logits(part.memory) for part in parts]),
+            functools.reduce(_beside, states),
+        )
 
     def _rows(self, part: _Part, samples: set[int]) -> _Part:
         if len(samples) == len(part.held):
@@ -209,26 +269,52 @@ def in_threads(function: Callable[[T], R], items: list[T]) -> list[R]:
 
 def begin(
     model: RecurrentModel | CompiledModel,
-    prompt: Tensor,
+    start: Reading,
     config: SamplingConfig,
     *,
     seed: int,
-    indices: range,
+    indices: Sequence[int],
+    guide: Reading | None = None,
+    guidance: float = 1.0,
+    snapshots: bool = False,
 ) -> Generation | CompiledGeneration:
-    """Samples that continue a prompt, by the loop that fits the model."""
-    loop = CompiledGeneration if isinstance(model, CompiledModel) else Generation
-    return loop(model, prompt, config, seed=seed, indices=indices)  # type: ignore[arg-type]
+    """Samples that go on from ``start``, by the loop that fits the model. Guidance is eager."""
+    if isinstance(model, CompiledModel) and guide is None:
+        return CompiledGeneration(
+            model, start, config, seed=seed, indices=indices, snapshots=snapshots
+        )
+    eager = model.model if isinstance(model, CompiledModel) else model
+    return Generation(
+        eager, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance
+    )
 
 
-def read(model: RecurrentModel | CompiledModel, prompt: Tensor) -> tuple[Tensor, State]:
-    """Read a prompt (L,) in parallel, in pieces → logits (1, V) of the next token, state."""
-    if len(prompt) == 0:
+def read(
+    model: RecurrentModel | CompiledModel, tokens: Tensor, before: Reading | None = None
+) -> Reading:
+    """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``."""
+    if before is None and len(tokens) == 0:
         raise ValueError("a prompt needs at least its start token")
-    state = model.initial_state(1)
-    logits = torch.empty(0)
-    for i in range(0, len(prompt), PIECE):
-        logits, state = model.prefill(prompt[None, i : i + PIECE], state)
-    return logits[:, -1], state
+    logits, state = torch.empty(0), model.initial_state(1)
+    if before is not None:
+        logits, state = before.logits, before.state
+    with one_thread():
+        for i in range(0, len(tokens), PIECE):
+            every, state = model.prefill(tokens[None, i : i + PIECE], state)
+            logits = every[:, -1]
+    return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
+
+
+def _beside(first: State, second: State) -> State:
+    """Two states at one position as one batch."""
+
+    def join(a: Tensor | tuple, b: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.cat([a, b])
+        return tuple(map(join, a, b))
+
+    history = torch.cat([first.history, second.history])
+    return State(first.position, history, tuple(map(join, first.layers, second.layers)))
 
 
 @contextmanager

@@ -22,16 +22,17 @@ _BATCH = 16_384  # tokens evaluated at once: more do not fit the caches
 
 
 @torch.no_grad()
-def token_bits(model: SequenceModel, tokens: Tensor) -> Tensor:
+def token_bits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tensor:
     """Bits of tokens[:, 1:] given those before: (B, L + 1) → (B, L) float32, by convolution.
 
+    ``rate`` scales Δ in every layer.
     Memory is bounded: logits are made in slices, and beyond ``LONGEST`` tokens the sequence is read
     in pieces, the state of the recurrence carrying over.
     """
     reader, targets = tokens[:, :-1], tokens[:, 1:]
     if reader.shape[1] > LONGEST:
-        return _token_bits_in_pieces(to_recurrent(model), reader, targets)
-    features, prediction = model.features(reader)
+        return _token_bits_in_pieces(to_recurrent(model, rate), reader, targets)
+    features, prediction = model.features(reader, rate)
     bits = []
     step = max(1, _HEAD // len(tokens))
     for i in range(0, reader.shape[1], step):
@@ -64,16 +65,23 @@ class Evaluation:
 
 
 def evaluate(
-    model: SequenceModel, codec: Codec, examples: Iterable[Example], limit: int | None = None
+    model: SequenceModel,
+    codec: Codec,
+    examples: Iterable[Example],
+    limit: int | None = None,
+    rate: float = 1.0,
 ) -> Evaluation:
-    """The mean exact likelihood over at most ``limit`` examples, each from its start."""
+    """The mean exact likelihood over at most ``limit`` examples, each from its start.
+
+    ``rate`` scales Δ in every layer.
+    """
     bits, tokens, units, count = 0.0, 0, 0, 0
     for batch in _batches((e, codec.encode(e.raw, e.label)) for e in islice(examples, limit)):
         longest = max(len(sequence) for _, sequence in batch)
         padded = torch.full((len(batch), longest), codec.boundary)
         for row, (_, sequence) in enumerate(batch):
             padded[row, : len(sequence)] = sequence
-        scored = token_bits(model, padded)
+        scored = token_bits(model, padded, rate)
         for row, (example, sequence) in enumerate(batch):
             bits += float(scored[row, : len(sequence) - 1].double().sum())
             tokens += len(sequence) - 1

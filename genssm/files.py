@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import IO, Any, TextIO
 
 import numpy as np
 
+from genssm import notes, recipe
 from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.pipeline import Pipeline, Sample
-from genssm.stepper import describe
+from genssm.recipe import Recipe, RecipeError
 
 
 def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
@@ -39,7 +41,7 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
     file = Path(prompt)
     if not file.is_file():
         raise ValueError(
-            f"the prompt {prompt!r} is neither a file nor a class of this {codec.modality} model; "
+            f"{prompt!r} is neither a file nor a class of this {codec.modality} model; "
             f"classes: {', '.join((*codec.labels, 'any'))}"
         )
     with file.open("rb") as handle:
@@ -49,14 +51,72 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
         return read_sound(handle, codec, file.name)
 
 
+def read_recipe(path: Path) -> Recipe:
+    """The recipe inside a PNG or WAV file, or of the lines of ``--json``.
+
+    Raises RecipeError for a file that cannot be read, holds none, or holds a damaged one.
+    """
+    name = repr(str(path))
+    try:
+        note = notes.find(path)
+        if note is not None:
+            return recipe.parse(note)
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            raise RecipeError("it has no recipe; PNG, WAV and --json files by genssm carry one")
+        if path.stat().st_size > notes.LARGEST:
+            raise RecipeError(f"it is larger than {notes.LARGEST} bytes")
+        lines = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        found = [line.get("recipe") if isinstance(line, dict) else None for line in lines]
+        return recipe.join([recipe.from_json(facts) for facts in found])
+    except OSError as error:
+        raise RecipeError(f"cannot read {name}: {error.strerror}") from error
+    except RecursionError as error:
+        raise RecipeError(f"cannot repeat {name}: it is not JSON") from error
+    except ValueError as error:
+        problem = error if isinstance(error, RecipeError | notes.NoteError) else "it is not JSON"
+        raise RecipeError(f"cannot repeat {name}: {problem}") from error
+
+
+def likelihood(pipe: Pipeline, raw: Raw, label: str | None) -> dict[str, Any]:
+    """What ``genssm score`` prints: bits in total, per unit and per token."""
+    bits = pipe.token_bits(raw, label)
+    total, units = float(bits.double().sum()), pipe.codec.units(raw)
+    if units == 0:
+        raise ValueError("there is nothing to score")
+    return {
+        "bits": total,
+        "value": total / units,
+        "unit": pipe.codec.unit,
+        "units": units,
+        "token_bits": [round(b, 4) for b in bits.tolist()],
+    }
+
+
+def classification(pipe: Pipeline, raw: Raw) -> dict[str, Any]:
+    """What ``genssm score --classify`` prints: the classes, the most probable first."""
+    ordered = sorted(pipe.classify(raw).items(), key=lambda item: -item[1])
+    return {"classes": dict(ordered)}
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse a file that cannot be written or would be lost."""
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r}")
+    if path.exists() and not force:
+        raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
+
+
 class Output:
     """Where the samples of one command go: decided, and refused, before anything is drawn.
 
-    ``target``: None (text on stdout), "-" (bytes on stdout) or a path.
+    ``target``: None (text on stdout), "-" (bytes on stdout) or a path. ``prompt``: as it was given,
+    for the recipes.
     """
 
-    def __init__(self, pipe: Pipeline, out: str | None, count: int, force: bool) -> None:
-        self.pipe, self.count, self.force = pipe, count, force
+    def __init__(
+        self, pipe: Pipeline, out: str | None, count: int, force: bool, prompt: str | None = None
+    ) -> None:
+        self.pipe, self.count, self.prompt = pipe, count, prompt
         suffixes = {"text": (), "image": (".png",), "audio": SOUNDS[:3]}[pipe.modality]
         self.target: str | Path | None = "-" if out == "-" else None
         if out not in (None, "-"):
@@ -66,15 +126,12 @@ class Output:
                     f"--out of this {pipe.modality} model must end in {', '.join(suffixes)}, "
                     f"got {out!r}"
                 )
-            if not self.target.parent.is_dir():
-                raise ValueError(f"there is no folder {str(self.target.parent)!r}")
         elif out is None and suffixes:
             self.target = self._unused(suffixes[0])
         if out == "-" and pipe.modality == "audio" and count > 1:
             raise ValueError("several clips cannot share stdout; give --out FILE or --count 1")
         for path in self.paths():
-            if path.exists() and not force:
-                raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
+            check_target(path, force)
 
     def _unused(self, suffix: str) -> Path:
         stem, n = Path(self.pipe.name).name, 1
@@ -109,20 +166,28 @@ class Output:
     def _contents(self, samples: list[Sample]) -> list[bytes]:
         codec = self.pipe.codec
         if isinstance(codec, Image):
-            return [png(grid([s.raw for s in samples]))]
+            return [self._noted(png(grid([s.raw for s in samples])), samples)]
         if isinstance(codec, Audio):
             assert isinstance(self.target, Path | str)
             suffix = Path(self.target).suffix.lower() or ".wav"
-            return [sound(s.raw, codec.rate, suffix.removeprefix(".")) for s in samples]
+            return [
+                self._noted(sound(s.raw, codec.rate, suffix.removeprefix(".")), [s])
+                for s in samples
+            ]
         return ["".join(f"{s.raw}\n" for s in samples).encode()]
 
-    def facts(self, sample: Sample, prompt: str | None, file: str | None) -> dict[str, Any]:
+    def _noted(self, content: bytes, samples: list[Sample]) -> bytes:
+        made = self.pipe.recipe(samples, self.prompt)
+        return content if made is None else notes.add(content, json.dumps(made.to_json()))
+
+    def facts(self, sample: Sample, file: str | None) -> dict[str, Any]:
         """One line of ``--json``."""
+        made = self.pipe.recipe([sample], self.prompt)
         content = {"text": sample.raw} if sample.modality == "text" else {"file": file}
         return {
             "model": self.pipe.name,
             "modality": sample.modality,
-            "prompt": prompt,
+            "prompt": self.prompt,
             **content,
             "tokens": len(sample.tokens),
             "seed": sample.seed,
@@ -131,7 +196,9 @@ class Output:
             "seconds": round(sample.seconds, 4),
             "tokens_per_second": round(sample.tokens_per_second, 1),
             "bits": round(sample.bits, 4),
-            "engine": describe(self.pipe.stepper),
+            "engine": self.pipe.engine_of(sample.plan),
+            "token_bits": [round(bits, 4) for bits in sample.token_bits],
+            "recipe": None if made is None else made.to_json(),
         }
 
     def preview(self, samples: list[Sample]) -> str:

@@ -638,6 +638,12 @@ class RecurrentModel(nn.Module):
         history = torch.full((batch, width), NOTHING, device=device)
         return State(torch.tensor(0), history, self.stack.initial_state(batch))
 
+    def history(self, tokens: Tensor) -> Tensor:
+        """What ``State.history`` holds after tokens (B, L) from the beginning, L >= 1."""
+        kept, reach = int(self.config.conditioned), self.inputs.reach
+        padded = F.pad(tokens, (reach, 0), value=NOTHING)
+        return torch.cat([tokens[:, :kept], padded[:, padded.shape[1] - reach :]], 1)
+
     def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None, Tensor]:
         """What goes into the stack and the head for tokens (B, L), and the history after them."""
         position, kept = int(state.position), int(self.config.conditioned)

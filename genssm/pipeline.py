@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from genssm import checkpoint as checkpoints
+from genssm import states
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.engine import begin
+from genssm.engine import Reading, Snapshot, begin, read
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
-from genssm.sampling import SamplingConfig, new_seed
-from genssm.stepper import WEIGHTS, CompiledModel, choose
+from genssm.recipe import MOST_TOKENS, Recipe, RecipeError
+from genssm.request import Plan, Request, Settings
+from genssm.sampling import new_seed
+from genssm.stepper import EXACT, WEIGHTS, CompiledModel, choose, describe
 
-# Settings that make good samples; the likelihood itself is at temperature 1 without filters.
-DEFAULTS = {
-    "text": SamplingConfig(temperature=0.8, top_p=0.95),
-    "image": SamplingConfig(temperature=0.98),
-    "audio": SamplingConfig(temperature=0.95),
-}
 LARGEST_BATCH = 64  # samples stepped side by side
 
 
@@ -40,14 +39,20 @@ class Sample:
     tokens: list[int]  # the drawn tokens, without the prompt
     token_bits: list[float]  # bits of each drawn token under the model, its weights as stepped
     seed: int
-    index: int  # of this sample among ``count``
+    index: int  # of this sample among those of the seed
     finish: str  # "end" (by the model), "stop" (a stop string), "length" or "interrupted"
     seconds: float  # wall time of the whole batch
+    plan: Plan  # all that decided it and those beside it
 
     @property
     def bits(self) -> float:
         """Bits of all drawn tokens."""
         return sum(self.token_bits)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Exact bits per drawn token, 0 if none was drawn."""
+        return self.bits / max(1, len(self.tokens))
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,29 +75,47 @@ class Session:
         self,
         model: RecurrentModel | CompiledModel,
         codec: Codec,
-        prompt: Tensor,
-        config: SamplingConfig,
+        plan: Plan,
+        start: Reading,
         *,
-        seed: int,
-        indices: range,
-        max_tokens: int,
-        stop: Sequence[str],
+        guide: Reading | None = None,
+        snapshot_every: int = 0,
     ) -> None:
-        self.codec, self.seed, self.indices = codec, seed, indices
-        self.prompt, self.max_tokens, self.stop = prompt, max_tokens, tuple(stop)
+        """``start``: the prompt, read; ``guide``: the prompt without its class, read."""
+        if snapshot_every < 0:
+            raise ValueError(f"snapshot_every must not be negative, got {snapshot_every}")
+        self.codec, self.plan = codec, plan
+        self._model, self._start, self._snapshot_every = model, start, snapshot_every
+        self._snapshots: list[Snapshot] = []
         self.started = time.perf_counter()
         self.seconds = 0.0
-        self.tokens: list[list[int]] = [[] for _ in indices]
-        self.token_bits: list[list[float]] = [[] for _ in indices]
-        self.finish = ["interrupted"] * len(indices)
-        self._text = [""] * len(indices)  # continuation so far, for the stop strings
-        self._decoders = [codec.decoder() for _ in indices]
-        self._generation = begin(model, prompt, config, seed=seed, indices=indices)
-        if max_tokens == 0:
-            self._finish(dict.fromkeys(self._generation.active, "length"))
+        samples = range(len(plan.indices))
+        self.tokens: list[list[int]] = [[] for _ in samples]
+        self.token_bits: list[list[float]] = [[] for _ in samples]
+        self.finish = ["interrupted"] * len(samples)
+        self._text = [""] * len(samples)  # continuation so far, for the stop strings
+        self._decoders = [codec.decoder() for _ in samples]
+        self._generation = begin(
+            model,
+            start,
+            plan.sampling,
+            seed=plan.seed,
+            indices=plan.indices,
+            guide=guide,
+            guidance=plan.guidance,
+            snapshots=snapshot_every > 0,
+        )
+        if plan.max_tokens == 0:
+            self._finish(dict.fromkeys(samples, "length"))
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed
 
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
+        every = self._snapshot_every
         while self._generation.active:
+            read = max(map(len, self.tokens))  # drawn tokens that this step will have read
             done: dict[int, str] = {}
             pieces: list[tuple[int, Raw]] = []
             for drawn in self._generation.step():
@@ -107,12 +130,14 @@ class Session:
                         pieces.append((i, piece))
                         if self._stopped(i, piece):
                             done[i] = "stop"
-                    if len(self.tokens[i]) >= self.max_tokens:
+                    if len(self.tokens[i]) >= self.plan.max_tokens:
                         done.setdefault(i, "length")
                 if i in done and done[i] != "stop":
                     rest = self._decoders[i].flush()
                     if rest is not None:
                         pieces.append((i, rest))
+            if every and read and read % every == 0:
+                self._snapshots.append(self._generation.snapshot())
             self._finish(done)
             self.seconds = time.perf_counter() - self.started
             yield from pieces
@@ -123,18 +148,37 @@ class Session:
         self._generation.finish(set(done))
 
     def _stopped(self, i: int, piece: Raw) -> bool:
-        if not self.stop:
+        if not self.plan.stop:
             return False
         self._text[i] += piece
-        return any(s in self._text[i] for s in self.stop)
+        return any(s in self._text[i] for s in self.plan.stop)
 
     def _raw(self, i: int) -> Raw:
-        raw = self.codec.decode([*self.prompt.tolist(), *self.tokens[i]])
+        raw = self.codec.decode([*self.plan.tokens, *self.tokens[i]])
         if self.finish[i] == "stop":
             text = self._text[i]
-            first = min(text.find(s) for s in self.stop if s in text)
-            return self.codec.decode(self.prompt) + text[:first]
+            first = min(text.find(s) for s in self.plan.stop if s in text)
+            return self.codec.decode(self.plan.tokens) + text[:first]
         return raw
+
+    def reading(self, sample: int = 0, position: int | None = None) -> Reading:
+        """What the model remembers of a sample after its first ``position`` drawn tokens (all).
+
+        Rewinding: ``pipe.start(state=session.reading(0, 100))`` goes on from there. Tokens since
+        the nearest snapshot are read again, in parallel. A token that ends the sample does not
+        count; those of a stop string do.
+        """
+        drawn = self.tokens[sample]
+        if drawn and drawn[-1] == self.codec.boundary:
+            drawn = drawn[:-1]
+        if position is not None and not 0 <= position <= len(drawn):
+            raise ValueError(f"the position must lie in 0 … {len(drawn)}, got {position}")
+        tokens = torch.tensor([*self.plan.tokens, *drawn[:position]])
+        nearest = self._start
+        for snapshot in self._snapshots:
+            if sample in snapshot.samples and int(snapshot.state.position) <= len(tokens):
+                nearest = snapshot.reading(sample, tokens)
+        return read(self._model, tokens[len(nearest.tokens) :], nearest)
 
     def run(self) -> list[Sample]:
         """Draw to the end."""
@@ -154,8 +198,9 @@ class Session:
                 index=index,
                 finish=self.finish[i],
                 seconds=self.seconds,
+                plan=self.plan,
             )
-            for i, index in enumerate(self.indices)
+            for i, index in enumerate(self.plan.indices)
         ]
 
 
@@ -172,75 +217,236 @@ class Pipeline:
         self,
         name: str,
         checkpoint: checkpoints.Checkpoint,
+        *,
+        rate: float = 1.0,
         engine: str = "auto",
         weights: str = WEIGHTS[0],
     ) -> None:
-        self.name, self.engine, self.weights = name, engine, weights
+        self.name, self.checkpoint, self.rate = name, checkpoint, rate
+        self.engine, self.weights = engine, weights
         self.model: SequenceModel = checkpoint.model
         self.codec: Codec = checkpoint.codec
+        if rate != 1:
+            self.codec = _at_rate(checkpoint.codec, rate)
         self.config: dict[str, Any] = checkpoint.to_config()
+        self._rates: dict[float, Pipeline] = {rate: self}
 
     @cached_property
     def recurrent(self) -> RecurrentModel:
         """The model as a recurrence, converted on first use."""
-        return to_recurrent(self.model)
+        return to_recurrent(self.model, self.rate)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the checkpoint's architecture, codec and weights."""
+        return checkpoints.content_hash(self.checkpoint)
+
+    def at_rate(self, rate: float) -> Pipeline:
+        """This model of sound at another sampling rate: 0.5 makes 16 kHz of 8 kHz, 2.0 4 kHz.
+
+        Δ is scaled by ``rate`` in every layer, so that its dynamics keep their times in seconds.
+        What counts tokens stays as it was trained: a pool still joins the same number of samples,
+        now of another length, and each step still predicts the next sample from the last. So the
+        sound gets worse with the distance from 1; ``evaluate`` measures it, in bits per sample of
+        that rate.
+        Converted once for each rate.
+        """
+        if rate not in self._rates:
+            other = self._with(rate=rate)
+            other._rates = self._rates
+            self._rates[rate] = other
+        return self._rates[rate]
+
+    def _with(self, *, rate: float | None = None, weights: str | None = None) -> Pipeline:
+        return Pipeline(
+            self.name,
+            self.checkpoint,
+            rate=self.rate if rate is None else rate,
+            engine=self.engine if weights is None else "auto",
+            weights=weights or self.weights,
+        )
 
     @cached_property
     def stepper(self) -> RecurrentModel | CompiledModel:
         """What draws samples; see ``stepper.choose``."""
         return choose(self.recurrent, self.engine, self.weights)
 
+    def weights_of(self, plan: Plan) -> str:
+        """The weights that the samples of a plan are stepped with; they may change the samples."""
+        compiled = isinstance(self.stepper, CompiledModel) and plan.guidance == 1
+        return self.weights if compiled else EXACT
+
+    def engine_of(self, plan: Plan) -> str:
+        """What draws the samples of a plan: guidance has no compiled loop."""
+        return describe(self.stepper if plan.guidance == 1 else self.recurrent)
+
     @property
     def modality(self) -> str:
         """ "text", "image" or "audio"."""
         return self.codec.modality
 
+    def plan(
+        self, prompt: Raw = None, request: Request | None = None, state: Reading | None = None
+    ) -> Plan:
+        """What a prompt or a state and a request mean for this model; see ``sample``.
+
+        Raises ValueError for a prompt or setting that does not fit.
+        """
+        request = request or Request()
+        if request.stop and self.modality != "text":
+            raise ValueError("stop strings end text; this model does not write text")
+        if state is None:
+            tokens = self.prompt_tokens(prompt, label=request.label, keep_rows=request.keep_rows)
+        elif prompt is None and request.label is None and request.keep_rows is None:
+            tokens = state.tokens
+        else:
+            raise ValueError("a state holds its prompt and class; give the state alone")
+        count = request.count * request.rank
+        first = request.first * request.rank
+        plan = Plan(
+            tokens=tuple(tokens.tolist()),
+            sampling=request.sampling(self.modality),
+            max_tokens=self._length(len(tokens), request.max_tokens),
+            stop=request.stop,
+            seed=new_seed() if request.seed is None else request.seed,
+            indices=tuple(range(first, first + count)),
+            guidance=float(request.guidance),
+            state=None if state is None else states.fingerprint(state),
+        )
+        self._check(plan)
+        return plan
+
+    def _check(self, plan: Plan) -> None:
+        """Raise ValueError unless the plan is one for this model."""
+        if plan.guidance != 1:
+            if not self.codec.labels:
+                raise ValueError("guidance needs a model with classes; this one has none")
+            if plan.tokens[0] == self.codec.boundary:
+                raise ValueError("guidance needs a class: give its name as prompt or label")
+            if plan.state is not None:
+                raise ValueError("guidance needs the prompt itself, not a state")
+        if max(plan.tokens) >= self.codec.vocab_size:
+            raise ValueError(f"token ids must lie in 0 … {self.codec.vocab_size - 1}")
+        if plan.max_tokens > self._length(len(plan.tokens), plan.max_tokens):
+            raise ValueError("the samples would be longer than a picture")
+
+    def read(
+        self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
+    ) -> Reading:
+        """Read a prompt once, in parallel; ``sample(state=…)`` goes on from there, often.
+
+        Continuing a state equals having given the whole text, picture or sound as the prompt.
+        """
+        return read(self.recurrent, self.prompt_tokens(prompt, label=label, keep_rows=keep_rows))
+
+    def save_state(self, state: Reading, path: str | Path) -> None:
+        """Write a state file (safetensors), whole or not at all."""
+        states.save(state, Path(path), checkpoint=self.content_hash, rate=self.rate)
+
+    def load_state(self, path: str | Path) -> Reading:
+        """Read a state file of this checkpoint; raises StateError, a ValueError, for others."""
+        return states.load(Path(path), self.recurrent, checkpoint=self.content_hash, rate=self.rate)
+
     def start(
         self,
         prompt: Raw = None,
         *,
-        label: str | None = None,
-        keep_rows: int | None = None,
-        count: int = 1,
-        first: int = 0,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        state: Reading | None = None,
+        snapshot_every: int = 0,
+        **settings: Unpack[Settings],
     ) -> Session:
-        """Read the prompt and return the samples in the making; see ``sample`` for the arguments.
+        """Read the prompt and return one batch of samples in the making; arguments as ``sample``.
 
         ``first`` is the index of the first sample: samples 4 … 7 of a seed are
-        ``start(count=4, first=4, seed=seed)``.
+        ``start(count=4, first=4, seed=seed)``. ``snapshot_every``: keep the state every so many
+        tokens, so that ``Session.reading`` finds its way back faster.
         """
-        if not 1 <= count <= LARGEST_BATCH:
-            raise ValueError(f"one batch holds 1 … {LARGEST_BATCH} samples, got {count}")
-        if stop and self.modality != "text":
-            raise ValueError("stop strings end text; this model does not write text")
-        if any(not s for s in stop):
-            raise ValueError("a stop string must not be empty")
-        config = DEFAULTS[self.modality].changed(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
+        request = Request(**settings)  # type: ignore[arg-type]
+        if request.count > LARGEST_BATCH:
+            raise ValueError(f"one batch holds 1 … {LARGEST_BATCH} samples, got {request.count}")
+        if request.rank > 1:
+            raise ValueError("rank compares whole samples; use sample")
+        plan = self.plan(prompt, request, state)
+        return next(self.batches(plan, state, snapshot_every))
+
+    def batches(
+        self, plan: Plan, state: Reading | None = None, snapshot_every: int = 0
+    ) -> Iterator[Session]:
+        """The samples of a plan, at most ``LARGEST_BATCH`` side by side; the prompt is read once.
+
+        ``state``: what to continue, if the plan says so and its tokens do not suffice.
+        """
+        start = state
+        if start is None:
+            start = read(self.recurrent, torch.tensor(plan.tokens))
+        elif plan.state is None:
+            raise ValueError("these samples continue no state; leave the state out")
+        if plan.state is not None and states.fingerprint(start) != plan.state:
+            raise ValueError(
+                "these samples continue a state file that is not this one; give the one they were "
+                "made from"
+            )
+        guide = None
+        if plan.guidance != 1:
+            unconditional = (self.codec.boundary, *plan.tokens[1:])
+            guide = read(self.recurrent, torch.tensor(unconditional))
+        parts = (
+            replace(plan, indices=plan.indices[i : i + LARGEST_BATCH])
+            for i in range(0, len(plan.indices), LARGEST_BATCH)
         )
-        tokens = self.prompt_tokens(prompt, label=label, keep_rows=keep_rows)
-        return Session(
-            self.stepper,
-            self.codec,
-            tokens,
-            config,
-            seed=new_seed() if seed is None else seed,
-            indices=range(first, first + count),
-            max_tokens=self._length(tokens, max_tokens),
-            stop=stop,
+        return (
+            Session(
+                self.stepper, self.codec, part, start, guide=guide, snapshot_every=snapshot_every
+            )
+            for part in parts
         )
+
+    def recipe(self, samples: Sequence[Sample], prompt: str | None = None) -> Recipe | None:
+        """How to make these samples of one plan again; ``prompt`` is a note for people.
+
+        None for samples that were interrupted at different lengths and for very long prompts.
+        """
+        plan = samples[0].plan
+        if len(plan.tokens) > MOST_TOKENS:
+            return None
+        cut = {len(s.tokens) for s in samples if s.finish == "interrupted"}
+        if cut:
+            longest = max(len(s.tokens) for s in samples)
+            if cut != {longest}:
+                return None
+            plan = replace(plan, max_tokens=longest)
+        plan = replace(plan, indices=tuple(s.index for s in samples))
+        weights = self.weights_of(plan)
+        return Recipe(self.name, self.content_hash, self.rate, weights, prompt, plan)
+
+    def at_recipe(self, recipe: Recipe) -> Pipeline:
+        """This model at the rate and with the weights of a recipe, whose plan then is one for it.
+
+        Raises RecipeError if another checkpoint made it or the plan does not fit.
+        """
+        if recipe.checkpoint != self.content_hash:
+            raise RecipeError(
+                f"the recipe was made by another checkpoint than {self.name!r}; give the model "
+                "it came from"
+            )
+        try:
+            pipe = self.at_rate(recipe.rate)
+            pipe._check(recipe.plan)
+            if recipe.weights != pipe.weights_of(recipe.plan):
+                pipe = pipe._with(weights=recipe.weights)
+        except ValueError as error:
+            raise RecipeError(f"the recipe is damaged: {error}") from error
+        if recipe.weights != pipe.weights_of(recipe.plan):
+            raise RecipeError(
+                f"the recipe needs the compiled engine with {recipe.weights} weights, which is not "
+                "to be had here; install numba"
+            )
+        return pipe
+
+    def repeat(self, recipe: Recipe, *, state: Reading | None = None) -> list[Sample]:
+        """Make the samples of a recipe again, exactly; ``state``: what they continued."""
+        sessions = self.at_recipe(recipe).batches(recipe.plan, state)
+        return [sample for session in sessions for sample in session.run()]
 
     def prompt_tokens(
         self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
@@ -266,80 +472,91 @@ class Pipeline:
             tokens = tokens[: 1 + rows * codec.shape[1] * codec.shape[2]]
         return tokens
 
-    def _length(self, prompt: Tensor, max_tokens: int | None) -> int:
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
+    def _length(self, read: int, max_tokens: int | None) -> int:
         if isinstance(self.codec, Image):
-            left = self.codec.length + 1 - len(prompt)
+            left = self.codec.length + 1 - read
             return left if max_tokens is None else min(left, max_tokens)
         if max_tokens is None:
             return 2 * self.codec.rate if isinstance(self.codec, Audio) else 256
         return max_tokens
 
     def sample(
-        self,
-        prompt: Raw = None,
-        *,
-        label: str | None = None,
-        keep_rows: int | None = None,
-        count: int = 1,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        self, prompt: Raw = None, *, state: Reading | None = None, **settings: Unpack[Settings]
     ) -> list[Sample]:
-        """Draw ``count`` samples that continue ``prompt``.
+        """Draw ``count`` samples that continue ``prompt``, or a ``state`` from ``read``.
 
         ``prompt``: text; a picture uint8 (H, W, C), of which ``keep_rows`` rows are kept (half of
-        them by default); sound float32 (samples,); or the name of a class. ``label`` adds a class
-        to a picture or sound. ``max_tokens`` counts drawn tokens (default: 256 for text, the whole
-        picture, two seconds of sound). Settings left at None are those of ``DEFAULTS``.
+        them by default); sound float32 (samples,); or the name of a class. The settings are the
+        fields of ``Request``: ``count``, ``label``, ``max_tokens``, ``temperature``, ``seed``, …
         The same ``seed`` gives the same samples, alone or in any batch.
 
         Raises ValueError for a prompt or setting that does not fit.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        seed = new_seed() if seed is None else seed
-        samples: list[Sample] = []
-        for first in range(0, count, LARGEST_BATCH):
-            samples += self.start(
-                prompt,
-                label=label,
-                keep_rows=keep_rows,
-                count=min(LARGEST_BATCH, count - first),
-                first=first,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop=stop,
-                seed=seed,
-            ).run()
-        return samples
+        request = Request(**settings)  # type: ignore[arg-type]
+        plan = self.plan(prompt, request, state)
+        samples = [sample for session in self.batches(plan, state) for sample in session.run()]
+        return best(samples, request.rank, request.trim)
 
-    def stream(self, prompt: Raw = None, **settings: Any) -> Iterator[Raw]:
+    def stream(
+        self, prompt: Raw = None, *, state: Reading | None = None, **settings: Unpack[Settings]
+    ) -> Iterator[Raw]:
         """Draw one sample and yield its pieces as they become whole.
 
         Text: characters; pictures: rows uint8 (1, W, C); sound: float32 (n,). Settings are those of
-         ``sample`` without ``count``. The prompt itself is not repeated.
+        ``sample`` without ``count``. The prompt itself is not repeated.
         """
-        for _, piece in self.start(prompt, **settings):
+        for _, piece in self.start(prompt, state=state, **settings):
             yield piece
+
+    def token_bits(self, raw: Raw, label: str | None = None) -> Tensor:
+        """Exact bits of each token of ``raw``, (L,) float32, by convolution."""
+        return token_bits(self.model, self.codec.encode(raw, label)[None], self.rate)[0]
 
     def score(self, raw: Raw, label: str | None = None) -> float:
         """Exact bits of ``raw`` under the model, by convolution, in the context of ``label``."""
-        return float(token_bits(self.model, self.codec.encode(raw, label)[None]).double().sum())
+        return float(self.token_bits(raw, label).double().sum())
+
+    def classify(self, raw: Raw) -> dict[str, float]:
+        """The probability of each class given ``raw``, by likelihood, classes equally likely.
+
+        All classes are scored in one batch. Raises ValueError for a model without classes.
+        """
+        labels = self.codec.labels
+        if not labels:
+            raise ValueError("to classify needs a model with classes; this one has none")
+        tokens = torch.stack([self.codec.encode(raw, label) for label in labels])
+        bits = token_bits(self.model, tokens, self.rate).double().sum(1)
+        p = torch.softmax(-bits * math.log(2), 0)
+        return dict(zip(labels, p.tolist(), strict=True))
 
     def evaluate(self, examples: Iterable[Example], limit: int | None = None) -> Evaluation:
         """Bits per byte, dimension or sample over ``examples``."""
-        return evaluate(self.model, self.codec, examples, limit)
+        return evaluate(self.model, self.codec, examples, limit, self.rate)
+
+
+def best(samples: Sequence[Sample], rank: int, trim: float = 0.0) -> list[Sample]:
+    """Of every ``rank`` samples in a row, by index, the one of fewest bits per token.
+
+    ``trim``: first pass over this part of the likeliest, which are often empty of content, as
+    SaShiMi does (arXiv 2202.09729).
+    """
+    if rank == 1:
+        return list(samples)
+    kept = []
+    for _, group in groupby(samples, lambda sample: sample.index // rank):
+        ordered = sorted(group, key=lambda sample: sample.bits_per_token)
+        kept.append(ordered[int(trim * len(ordered))])
+    return kept
+
+
+def _at_rate(codec: Codec, rate: float) -> Audio:
+    if not isinstance(codec, Audio):
+        raise ValueError(
+            f"the rate can be changed for sound only; this model makes {codec.modality}"
+        )
+    if not math.isfinite(rate) or rate <= 0:
+        raise ValueError(f"the rate must be a positive number, got {rate}")
+    return Audio(round(codec.rate / rate), codec.labels)
 
 
 def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> Pipeline:
@@ -349,4 +566,4 @@ def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> P
 
     Raises CheckpointError, a ValueError, that says what is wrong and what to do.
     """
-    return Pipeline(str(name), checkpoints.load(name), engine, weights)
+    return Pipeline(str(name), checkpoints.load(name), engine=engine, weights=weights)

@@ -87,8 +87,7 @@ class RandomStream:
     """Uniform numbers of one sample, a function of seed and sample index alone."""
 
     def __init__(self, seed: int, index: int) -> None:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"the seed must lie in 0 … 2^63 - 1, got {seed}")
+        check_seed(seed)
         self._generator = np.random.Generator(
             np.random.Philox(np.random.SeedSequence([seed, index]))
         )
@@ -96,6 +95,12 @@ class RandomStream:
     def next(self) -> float:
         """The next number on [0, 1)."""
         return float(self._generator.random())
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless the seed fits 63 bits."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must lie in 0 … 2^63 - 1, got {seed}")
 
 
 def new_seed() -> int:

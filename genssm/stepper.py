@@ -33,6 +33,7 @@ from genssm.sampling import SamplingConfig
 
 ENGINES = ("auto", "eager", "cpu")
 WEIGHTS = ("bf16", "fp32", "int8")  # the default first
+EXACT = "fp32"  # the weights themselves, which the eager model has, too
 MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a panel of 32
 
 Array = np.ndarray[Any, Any]

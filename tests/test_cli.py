@@ -163,6 +163,89 @@ def test_existing_files_are_kept_without_force(run, folders, tmp_path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_state_file_is_continued(run, folders, tmp_path) -> None:
+    settings = ("-m", folders["text"], "--max-tokens", 8, "--seed", 5, "--json")
+    first = run("sample", *settings, "-p", "The fox", "--save-state", "a.state")
+    assert first.exit_code == 0
+    text = json.loads(first.stdout)["text"]
+    continued = [run("sample", *settings, "--state", "a.state") for _ in range(2)]
+    lines = [json.loads(r.stdout) for r in continued]
+    assert lines[0]["text"] == lines[1]["text"]
+    assert lines[0]["text"].startswith(text.rstrip("\ufffd"))  # a character may be half drawn
+    assert lines[0]["tokens"] == 8
+    (tmp_path / "line.json").write_text(continued[0].stdout)
+    lost = run("sample", "--like", "line.json", "--json")
+    assert (lost.exit_code, lost.stdout) == (2, "")
+    assert "continue a state file" in lost.stderr
+    again = run("sample", "--like", "line.json", "--state", "a.state", "--json")
+    assert json.loads(again.stdout)["text"] == lines[0]["text"]
+
+
+def test_a_picture_is_repeated(run, folders, tmp_path) -> None:
+    made = ("-p", "dog", "-n", 3, "--guidance", 1.5, "--rank", 2, "-o", "a.png")
+    assert run("sample", "-m", folders["image"], *made).exit_code == 0
+    assert run("sample", "--like", "a.png", "-o", "b.png").stdout == "b.png\n"
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+def test_a_clip_is_repeated_at_its_rate(run, folders, tmp_path) -> None:
+    import soundfile
+
+    made = ("-p", "two", "--rate", 0.5, "--seconds", 0.01, "-n", 2, "-o", "a.wav")
+    assert run("sample", "-m", folders["audio"], *made).stdout == "a-1.wav\na-2.wav\n"
+    assert soundfile.info(tmp_path / "a-2.wav").samplerate == 16000
+    assert soundfile.info(tmp_path / "a-2.wav").frames <= 160
+    assert run("sample", "--like", "a-2.wav", "-o", "b.wav").exit_code == 0
+    assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "a-2.wav").read_bytes()
+
+
+def test_json_lines_are_repeated(run, folders, tmp_path) -> None:
+    made = ("-p", "The", "-n", 3, "--max-tokens", 6, "--json")
+    first = run("sample", "-m", folders["text"], *made).stdout
+    (tmp_path / "a.json").write_text(first)
+    again = run("sample", "--like", "a.json", "--json").stdout
+    timed = ("seconds", "tokens_per_second")
+    facts = [
+        [{k: v for k, v in json.loads(x).items() if k not in timed} for x in text.splitlines()]
+        for text in (first, again)
+    ]
+    assert facts[0] == facts[1]
+    for line in facts[0]:
+        assert len(line["token_bits"]) == line["tokens"]
+        assert sum(line["token_bits"]) == pytest.approx(line["bits"], abs=0.01)
+
+
+def test_score_says_bits_in_total_and_per_unit(run, folders) -> None:
+    plain = run("score", "The fox", "-m", folders["text"])
+    assert "bits/byte  (" in plain.stdout
+    facts = json.loads(run("score", "The fox", "-m", folders["text"], "--json").stdout)
+    assert facts["units"] == 7
+    assert facts["value"] == pytest.approx(facts["bits"] / 7)
+    assert sum(facts["token_bits"]) == pytest.approx(facts["bits"], abs=0.01)
+    stdin = json.loads(run("score", "-", "-m", folders["text"], "--json", stdin="The fox").stdout)
+    assert stdin == facts
+
+
+def test_score_classifies(run, folders, tmp_path, write_picture) -> None:
+    write_picture(tmp_path / "a.png", np.zeros((4, 3, 3), np.uint8))
+    facts = json.loads(run("score", "a.png", "-m", folders["image"], "--classify", "--json").stdout)
+    assert set(facts["classes"]) == {"cat", "dog"}
+    assert sum(facts["classes"].values()) == pytest.approx(1)
+    lines = run("score", "a.png", "-m", folders["image"], "--classify").stdout.splitlines()
+    assert len(lines) == 2
+    labelled = run("score", "a.png", "-m", folders["image"], "--label", "dog")
+    assert "bits/dim  (36 tokens, 36 dims)" in labelled.stdout
+
+
+def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sound) -> None:
+    write_sound(tmp_path / "a.wav", 0.3 * np.sin(np.arange(80) / 3))
+    units = []
+    for rate in (1.0, 0.5):
+        result = run("evaluate", folders["audio"], "--data", "a.wav", "--rate", rate, "--json")
+        units.append(json.loads(result.stdout)["units"])
+    assert units == [80, 160]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -172,12 +255,32 @@ def test_existing_files_are_kept_without_force(run, folders, tmp_path) -> None:
         (["sample", "-m", "AUDIO", "-p", "notes.png"], 2, "is not a readable sound file"),
         (["sample", "-m", "TEXT", "-p", "missing.txt"], 2, "cannot read the prompt"),
         (["sample", "-m", "TEXT", "--seconds", "1"], 2, "--seconds is for sound"),
+        (["sample", "-m", "AUDIO", "--seconds", "inf"], 2, "less than a million"),
+        (["sample", "-m", "TEXT", "-n", "1000000000"], 2, "count × rank must be at most"),
         (["sample", "-m", "TEXT", "--keep-rows", "1"], 2, "keep_rows needs a picture"),
         (["sample", "-m", "TEXT", "--top-p", "7"], 2, "0 < top_p <= 1"),
         (["sample", "-m", "IMAGE", "-o", "a.txt"], 2, "must end in .png"),
         (["sample", "-m", "IMAGE", "-o", "nowhere/a.png"], 2, "there is no folder 'nowhere'"),
         (["sample", "-m", "AUDIO", "-o", "-", "-n", "2"], 2, "several clips"),
         (["sample", "--count", "0"], 2, "--count"),
+        (["sample", "-m", "TEXT", "--guidance", "2"], 2, "guidance needs a model with classes"),
+        (["sample", "-m", "IMAGE", "--guidance", "2"], 2, "guidance needs a class"),
+        (["sample", "-m", "IMAGE", "--rate", "0.5"], 2, "for sound only"),
+        (["sample", "-m", "AUDIO", "--rate", "0"], 2, "must be a positive number"),
+        (["sample", "-m", "TEXT", "--trim", "1"], 2, "trim must lie in"),
+        (["sample", "-m", "TEXT", "--state", "notes.png"], 2, "is not a readable state file"),
+        (["sample", "-m", "TEXT", "--state", "missing"], 2, "is not a readable state file"),
+        (["sample", "-m", "TEXT", "-n", "2", "--save-state", "a"], 2, "keeps one sample"),
+        (["sample", "-m", "TEXT", "--save-state", "notes.png"], 2, "--force"),
+        (["sample", "-m", "TEXT", "--save-state", "no/a"], 2, "there is no folder 'no'"),
+        (["sample", "--like", "missing.png"], 2, "cannot read 'missing.png'"),
+        (["sample", "--like", "notes.png"], 2, "it has no recipe"),
+        (["sample", "--like", "a.png", "--temperature", "0"], 2, "leave out --temperature"),
+        (["score", "cat", "-m", "IMAGE"], 2, "a class has no likelihood"),
+        (["score", "notes.png", "-m", "IMAGE"], 2, "is not a readable picture"),
+        (["score", "", "-m", "TEXT"], 2, "nothing to score"),
+        (["score", "x", "-m", "TEXT", "--classify"], 2, "needs a model with classes"),
+        (["evaluate", "TEXT", "--data", ".", "--rate", "2"], 1, "for sound only"),
         (["sample", "--nonsense"], 2, "--nonsense"),
         (["evaluate", "TEXT", "--data", "missing.txt"], 1, "there is no file or folder"),
         (["evaluate", "TEXT", "--data", "notes.png"], 1, "not readable UTF-8 text"),
@@ -197,6 +300,29 @@ def test_errors_are_one_sentence(run, folders, tmp_path, arguments, code, messag
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nobody/nothing", "give it with --model"),
+        ("x" * 10_000, "give it with --model"),
+        ("\0", "give it with --model"),
+    ],
+)
+def test_a_recipe_starts_no_download(run, folders, tmp_path, model, message) -> None:
+    line = run("sample", "-m", folders["text"], "--max-tokens", 2, "--json").stdout
+    facts = json.loads(line)
+    facts["recipe"]["model"] = model
+    (tmp_path / "a.json").write_text(json.dumps(facts))
+    result = run("sample", "--like", "a.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr) < 400
+    other = run("sample", "--like", "a.json", "-m", folders["audio"])
+    assert other.exit_code == 2
+    assert "made by another checkpoint" in other.stderr
+    assert run("sample", "--like", "a.json", "-m", folders["text"]).exit_code == 0
 
 
 def test_evaluate_prints_value_and_unit(run, folders, tmp_path) -> None:

@@ -9,12 +9,18 @@ import torch
 from genssm import engine
 from genssm.conversion import to_recurrent
 from genssm.engine import Generation, read
-from genssm.model import SequenceModel
+from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 
 MakeModel = Callable[..., SequenceModel]
 PROMPT = torch.tensor([20, 3, 1, 4])
 WIDTHS = {"isotropic": (32,), "pooled": (32, 32, 64)}  # whole vectors: see Generation
+
+
+def started(
+    model: RecurrentModel, config: SamplingConfig, *, seed: int, indices: range
+) -> Generation:
+    return Generation(model, read(model, PROMPT), config, seed=seed, indices=indices)
 
 
 def drawn(generation: Generation, steps: int) -> dict[int, list[tuple[int, float]]]:
@@ -32,7 +38,7 @@ def test_generation_equals_drawing_from_the_whole_convolution(
 ) -> None:
     model = make_model(kind)
     config = SamplingConfig(temperature=0.9, top_k=15)
-    generation = Generation(to_recurrent(model), PROMPT, config, seed=5, indices=range(1))
+    generation = started(to_recurrent(model), config, seed=5, indices=range(1))
     tokens = PROMPT.tolist()
     stream = RandomStream(5, 0)
     for token, bits in drawn(generation, 30)[0]:
@@ -49,9 +55,9 @@ def test_generation_equals_drawing_from_the_whole_convolution(
 def test_samples_do_not_depend_on_their_company(make_model: MakeModel, kind: str) -> None:
     recurrent = to_recurrent(make_model(kind, d_model=WIDTHS[kind]))
     config = SamplingConfig(repetition_penalty=1.3)
-    together = drawn(Generation(recurrent, PROMPT, config, seed=1, indices=range(5)), 25)
+    together = drawn(started(recurrent, config, seed=1, indices=range(5)), 25)
     for i in range(5):
-        alone = Generation(recurrent, PROMPT, config, seed=1, indices=range(i, i + 1))
+        alone = started(recurrent, config, seed=1, indices=range(i, i + 1))
         assert drawn(alone, 25)[0] == together[i]
     assert len({tuple(tokens) for tokens in together.values()}) == 5
 
@@ -60,7 +66,7 @@ def test_finished_samples_leave_without_a_trace(make_model: MakeModel) -> None:
     recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
 
     def start() -> Generation:
-        return Generation(recurrent, PROMPT, SamplingConfig(), seed=2, indices=range(3))
+        return started(recurrent, SamplingConfig(), seed=2, indices=range(3))
 
     complete = drawn(start(), 20)
     generation = start()
@@ -75,16 +81,43 @@ def test_finished_samples_leave_without_a_trace(make_model: MakeModel) -> None:
     assert generation.step() == []
 
 
+def test_guided_samples_leave_without_a_trace(make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
+    streams = [read(recurrent, PROMPT), read(recurrent, torch.tensor([21, 3, 1, 4]))]
+
+    def start() -> Generation:
+        return Generation(
+            recurrent, streams[0], SamplingConfig(), seed=2, indices=range(3),
+            guide=streams[1], guidance=2.0,
+        )  # fmt: skip
+
+    complete = drawn(start(), 20)
+    generation = start()
+    first = drawn(generation, 7)
+    generation.finish({1})
+    rest = drawn(generation, 13)
+    for i in (0, 2):
+        assert first[i] + rest[i] == complete[i]
+    snapshot = generation.snapshot()
+    assert snapshot.samples == (0, 2)
+    assert [len(t) for t in snapshot.state.tensors()[1:]] == [2] * (
+        len(snapshot.state.tensors()) - 1
+    )
+
+
 def test_a_prompt_read_in_pieces_gives_the_same_logits(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recurrent = to_recurrent(make_model("pooled"))
     prompt = torch.randint(0, 20, (41,))
-    whole, _ = read(recurrent, prompt)
+    whole = read(recurrent, prompt)
     monkeypatch.setattr(engine, "PIECE", 7)
-    pieces, state = read(recurrent, prompt)
-    torch.testing.assert_close(pieces, whole)
-    assert int(state.position) == 41
+    pieces = read(recurrent, prompt)
+    torch.testing.assert_close(pieces.logits, whole.logits)
+    assert int(pieces.state.position) == 41
+    continued = read(recurrent, prompt[20:], read(recurrent, prompt[:20]))
+    torch.testing.assert_close(continued.logits, whole.logits)
+    torch.testing.assert_close(continued.tokens, prompt)
 
 
 def test_an_empty_prompt_is_refused(make_model: MakeModel) -> None:
@@ -94,6 +127,6 @@ def test_an_empty_prompt_is_refused(make_model: MakeModel) -> None:
 
 def test_stepping_leaves_the_number_of_threads_as_it_was(make_model: MakeModel) -> None:
     before = torch.get_num_threads()
-    drawn(Generation(to_recurrent(make_model("isotropic")), PROMPT, SamplingConfig(), seed=0,
-                     indices=range(1)), 2)  # fmt: skip
+    recurrent = to_recurrent(make_model("isotropic"))
+    drawn(started(recurrent, SamplingConfig(), seed=0, indices=range(1)), 2)
     assert torch.get_num_threads() == before

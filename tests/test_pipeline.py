@@ -1,6 +1,8 @@
 """The Python face, on small untrained models of each modality."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ import genssm
 from genssm import pipeline
 from genssm.checkpoint import Checkpoint, save
 from genssm.codec import Codec
+from genssm.data import Example
+from genssm.engine import read
 from genssm.model import SequenceModel
-from genssm.pipeline import Pipeline
+from genssm.pipeline import Pipeline, Sample
+from genssm.recipe import parse
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 MODALITIES = ("text", "image", "audio")
@@ -160,6 +165,219 @@ def test_score_of_a_class_differs_from_any(pipes: dict[str, Pipeline]) -> None:
     assert pipes["text"].score("") == 0.0
 
 
+def tokens_of(samples: list[Sample]) -> list[list[int]]:
+    return [sample.tokens for sample in samples]
+
+
+@pytest.mark.parametrize(("modality", "prompt"), [("text", "The fox"), ("image", "dog")])
+def test_a_state_is_continued_as_its_prompt(
+    pipes: dict[str, Pipeline], modality: str, prompt: str, tmp_path: Path
+) -> None:
+    pipe = pipes[modality]
+    state = pipe.read(prompt)
+    expected = pipe.sample(prompt, count=3, max_tokens=20, seed=8)
+    forked = pipe.sample(state=state, count=3, max_tokens=20, seed=8)
+    assert tokens_of(forked) == tokens_of(expected)
+    assert [s.token_bits for s in forked] == [s.token_bits for s in expected]
+    np.testing.assert_array_equal(forked[2].raw, expected[2].raw)
+    pipe.save_state(state, tmp_path / "a.state")
+    loaded = pipe.load_state(tmp_path / "a.state")
+    assert tokens_of(pipe.sample(state=loaded, count=3, max_tokens=20, seed=8)) == tokens_of(
+        expected
+    )
+    assert list(pipe.stream(state=loaded, max_tokens=9, seed=8))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("every", [0, 1, 7])
+def test_rewinding_equals_reading_again(
+    pipes: dict[str, Pipeline], modality: str, every: int
+) -> None:
+    pipe = pipes[modality]
+    session = pipe.start(count=2, max_tokens=30, seed=12, snapshot_every=every)
+    session.run()
+    for sample in range(2):
+        drawn = [t for t in session.tokens[sample] if t != pipe.codec.boundary]
+        for position in (0, 1, 6, 7, 8, 29, None):
+            if position is not None and position > len(drawn):
+                continue
+            rewound = session.reading(sample, position)
+            kept = drawn if position is None else drawn[:position]
+            again = read(pipe.recurrent, torch.tensor([pipe.codec.boundary, *kept]))
+            assert torch.equal(rewound.tokens, again.tokens)
+            torch.testing.assert_close(rewound.logits, again.logits, rtol=1e-4, atol=1e-4)
+            continued = pipe.sample(state=rewound, max_tokens=5, seed=1)
+            assert tokens_of(continued) == tokens_of(pipe.sample(state=again, max_tokens=5, seed=1))
+    with pytest.raises(ValueError, match="the position must lie in"):
+        session.reading(0, 31)
+
+
+def test_rank_keeps_the_fewest_bits_per_token(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["audio"]
+    drawn = pipe.sample(count=6, max_tokens=20, seed=5)
+    ranked = pipe.sample(count=2, rank=3, max_tokens=20, seed=5)
+    for kept, group in zip(ranked, (drawn[:3], drawn[3:]), strict=True):
+        assert kept.bits_per_token == min(s.bits_per_token for s in group)
+        assert kept.tokens in tokens_of(group)
+        assert tokens_of(pipe.start(first=kept.index, max_tokens=20, seed=5).run()) == [kept.tokens]
+    trimmed = pipe.sample(rank=3, trim=0.4, max_tokens=20, seed=5)[0]
+    assert trimmed.bits_per_token == sorted(s.bits_per_token for s in drawn[:3])[1]
+    with pytest.raises(ValueError, match="use sample"):
+        pipe.start(rank=2)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_class_probabilities_agree_with_separate_scores(
+    pipes: dict[str, Pipeline], modality: str
+) -> None:
+    pipe = pipes[modality]
+    raw = pipe.sample(max_tokens=60, seed=2)[0].raw
+    probabilities = pipe.classify(raw)
+    assert list(probabilities) == list(pipe.codec.labels)
+    assert sum(probabilities.values()) == pytest.approx(1)
+    bits = np.array([pipe.score(raw, label) for label in pipe.codec.labels])
+    expected = np.exp2(bits.min() - bits)
+    np.testing.assert_allclose(
+        list(probabilities.values()), expected / expected.sum(), rtol=0, atol=1e-3
+    )
+
+
+def test_token_bits_add_up_to_the_score(pipes: dict[str, Pipeline]) -> None:
+    bits = pipes["text"].token_bits("The quick brown fox")
+    assert len(bits) == len(pipes["text"].codec.encode("The quick brown fox")) - 1
+    assert float(bits.sum()) == pytest.approx(pipes["text"].score("The quick brown fox"))
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_guidance_spans_from_any_to_the_class(pipes: dict[str, Pipeline], modality: str) -> None:
+    pipe = pipes[modality]
+    label = pipe.codec.labels[1]
+
+    def drawn(prompt: str, **settings: float) -> list[list[int]]:
+        return tokens_of(pipe.sample(prompt, count=3, max_tokens=25, seed=7, **settings))  # type: ignore[arg-type]
+
+    own = drawn(label)
+    assert drawn(label, guidance=1.0) == own
+    assert drawn(label, guidance=0.0) == drawn("any") != own
+    assert drawn(label, guidance=0.9999999) == own  # by two streams
+
+
+def test_guidance_moves_the_logits_by_the_difference(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["image"]
+    sample = pipe.sample("dog", guidance=3.0, temperature=0, seed=1)[0]
+    streams = [
+        torch.tensor([[pipe.codec.start(label), *sample.tokens[:-1]]]) for label in ("dog", None)
+    ]
+    with torch.no_grad():
+        own, unconditional = (pipe.model(tokens)[0] for tokens in streams)
+    guided = unconditional + 3 * (own - unconditional)
+    chosen = guided.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
+    assert bool((chosen >= guided.amax(-1) - 1e-3).all())
+    bits = -own.log_softmax(-1).gather(-1, torch.tensor(sample.tokens)[:, None]).sum() / np.log(2)
+    assert sample.bits == pytest.approx(float(bits), rel=1e-4)  # of the model itself
+
+
+def test_guided_samples_do_not_depend_on_their_company(pipes: dict[str, Pipeline]) -> None:
+    for modality in ("image", "audio"):
+        pipe = pipes[modality]
+        label = pipe.codec.labels[0]
+        together = pipe.sample(label, count=4, guidance=2.0, max_tokens=30, seed=3)
+        for i, sample in enumerate(together):
+            alone = pipe.start(label, first=i, guidance=2.0, max_tokens=30, seed=3).run()[0]
+            assert alone.tokens == sample.tokens
+            assert alone.token_bits == sample.token_bits
+
+
+def test_sound_at_another_rate(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["audio"]
+    fast, slow = pipe.at_rate(0.5), pipe.at_rate(2.0)
+    assert (fast.codec.rate, slow.codec.rate) == (16000, 4000)
+    assert fast.at_rate(1.0) is pipe
+    assert pipe.at_rate(0.5) is fast
+    assert fast.plan().max_tokens == 2 * 16000
+    assert (
+        fast.sample(max_tokens=30, seed=1)[0].tokens != pipe.sample(max_tokens=30, seed=1)[0].tokens
+    )
+    clip = 0.3 * np.sin(np.arange(50) / 3).astype(np.float32)
+    assert fast.evaluate([Example(clip)]).bits == pytest.approx(fast.score(clip))
+    assert fast.score(clip) != pytest.approx(pipe.score(clip))
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0, 0.7])
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_stepping_at_a_rate_equals_convolving_at_it(
+    rate: float, layer: str, codecs: dict[str, Codec], make_model: Callable[..., SequenceModel]
+) -> None:
+    codec = codecs["audio"]
+    model = make_model("pooled", layer, vocab_size=codec.vocab_size, n_outputs=codec.n_outputs)
+    pipe = Pipeline("audio", Checkpoint(model, codec), weights="fp32").at_rate(rate)
+    sample = pipe.sample("two", max_tokens=40, seed=1)[0]
+    tokens = torch.tensor([[codec.start("two"), *sample.tokens]])
+    with torch.no_grad():
+        convolved = pipe.model(tokens[:, :-1], rate)[0].log_softmax(-1)
+    bits = -convolved.gather(-1, tokens[0, 1:, None])[:, 0] / np.log(2)
+    np.testing.assert_allclose(sample.token_bits, bits, atol=1e-3)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_recipe_makes_the_samples_again(pipes: dict[str, Pipeline], modality: str) -> None:
+    pipe = pipes[modality]
+    prompt = {"text": "The", "image": "cat", "audio": "one"}[modality]
+    if modality == "audio":
+        pipe = pipe.at_rate(0.5)
+    settings = {"text": {"repetition_penalty": 1.2, "stop": ["q"]}, "image": {"guidance": 2.0}}
+    samples = pipe.sample(
+        prompt, count=2, rank=2, max_tokens=20, seed=5, **settings.get(modality, {})
+    )
+    recipe = pipe.recipe(samples, prompt)
+    assert recipe is not None
+    again = pipes[modality].repeat(parse(json.dumps(recipe.to_json())))
+    assert [(s.tokens, s.token_bits, s.index) for s in again] == [
+        (s.tokens, s.token_bits, s.index) for s in samples
+    ]
+    for a, b in zip(again, samples, strict=True):
+        np.testing.assert_array_equal(a.raw, b.raw)
+
+
+def test_a_recipe_of_a_state_needs_no_state_that_its_tokens_give(
+    pipes: dict[str, Pipeline],
+) -> None:
+    pipe = pipes["text"]
+    sample = pipe.sample(state=pipe.read("The fox"), max_tokens=5, seed=1)
+    recipe = pipe.recipe(sample)
+    assert recipe is not None
+    assert tokens_of(pipe.repeat(recipe)) == tokens_of(sample)
+    with pytest.raises(ValueError, match="a state file that is not this one"):
+        pipe.repeat(recipe, state=pipe.read("The dog"))
+
+
+def test_an_interrupted_sample_is_repeated_as_far_as_it_came(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["image"]
+    session = pipe.start(count=2, seed=1)
+    next(iter(session))
+    samples = session.samples()
+    recipe = pipe.recipe(samples)
+    assert recipe is not None
+    assert tokens_of(pipe.repeat(recipe)) == tokens_of(samples)
+    assert pipe.recipe([*samples, *pipe.sample(seed=1)]) is None
+
+
+def test_a_recipe_of_another_checkpoint_is_refused(pipes: dict[str, Pipeline]) -> None:
+    recipe = pipes["image"].recipe(pipes["image"].sample(max_tokens=1, seed=1))
+    assert recipe is not None
+    with pytest.raises(ValueError, match="made by another checkpoint than 'audio'"):
+        pipes["audio"].repeat(recipe)
+    for plan in (
+        replace(recipe.plan, tokens=(5000,)),
+        replace(recipe.plan, max_tokens=10**6),
+        replace(recipe.plan, guidance=2.0),
+    ):
+        with pytest.raises(ValueError, match="the recipe is damaged"):
+            pipes["image"].repeat(replace(recipe, plan=plan))
+    with pytest.raises(ValueError, match="the recipe is damaged: the rate"):
+        pipes["image"].repeat(replace(recipe, rate=0.5))
+
+
 @pytest.mark.parametrize(
     ("modality", "settings", "message"),
     [
@@ -177,6 +395,11 @@ def test_score_of_a_class_differs_from_any(pipes: dict[str, Pipeline]) -> None:
         ("image", {"prompt": np.zeros((4, 3, 3))}, "must be uint8"),
         ("image", {"prompt": np.zeros((4, 3, 3), np.uint8), "keep_rows": 5}, "keep_rows must lie"),
         ("audio", {"prompt": np.array([np.nan])}, "not finite"),
+        ("text", {"guidance": 2.0}, "guidance needs a model with classes"),
+        ("image", {"guidance": 2.0}, "guidance needs a class"),
+        ("image", {"prompt": "cat", "guidance": np.nan}, "guidance must lie in"),
+        ("image", {"rank": 0}, "rank must be at least 1"),
+        ("image", {"trim": 1.0}, "trim must lie in"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(
@@ -184,3 +407,26 @@ def test_bad_input_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pipes[modality].sample(**settings)
+
+
+def test_a_state_stands_alone(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["image"]
+    state = pipe.read("cat")
+    with pytest.raises(ValueError, match="give the state alone"):
+        pipe.sample("cat", state=state)
+    with pytest.raises(ValueError, match="give the state alone"):
+        pipe.sample(state=state, label="cat")
+    with pytest.raises(ValueError, match="guidance needs the prompt itself"):
+        pipe.sample(state=state, guidance=2.0)
+
+
+def test_what_needs_classes_or_sound_says_so(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(ValueError, match="needs a model with classes"):
+        pipes["text"].classify("The")
+    with pytest.raises(ValueError, match="for sound only; this model makes image"):
+        pipes["image"].at_rate(0.5)
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the rate must be a positive number"):
+            pipes["audio"].at_rate(rate)
+    with pytest.raises(ValueError, match="must lie in 1000 … 192000 Hz"):
+        pipes["audio"].at_rate(100.0)

@@ -136,9 +136,11 @@ def test_a_row_does_not_depend_on_its_company(
 @pytest.mark.parametrize("config", SETTINGS)
 def test_draws_equal_the_eager_ones(make_model: MakeModel, config: SamplingConfig) -> None:
     model = to_recurrent(make_model("pooled"))
-    eager = drawn(Generation(model, PROMPT, config, seed=7, indices=range(3)), 40)
+    eager = drawn(Generation(model, read(model, PROMPT), config, seed=7, indices=range(3)), 40)
     compiled = CompiledModel(model, "fp32")
-    samples = drawn(CompiledGeneration(compiled, PROMPT, config, seed=7, indices=range(3)), 40)
+    samples = drawn(
+        CompiledGeneration(compiled, read(model, PROMPT), config, seed=7, indices=range(3)), 40
+    )
     assert tokens_of(samples) == tokens_of(eager)
     for sample, expected in zip(samples, eager, strict=True):
         bits = [d.bits for d in sample]
@@ -149,7 +151,7 @@ def test_filters_equal_the_eager_ones_on_a_large_vocabulary(make_model: MakeMode
     """Thousands of tokens, many of them equally likely."""
     model = to_recurrent(make_model("isotropic", vocab_size=3000, n_outputs=2999))
     compiled = CompiledModel(model, "fp32")
-    _, state = read(model, PROMPT)
+    state = read(model, PROMPT).state
     logits = torch.randn(1, 2999, generator=torch.Generator().manual_seed(1)).mul(8).round() / 4
     uniforms = np.linspace(0, 1, 50, endpoint=False)
     for config in SETTINGS:
@@ -167,7 +169,8 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
     model = to_recurrent(make_model("isotropic"))
     compiled = CompiledModel(model, "fp32")
     config = SamplingConfig(temperature=1.2, top_k=15)
-    logits, state = read(model, PROMPT)
+    start = read(model, PROMPT)
+    logits, state = start.logits, start.state
     streams = [RandomStream(3, i) for i in range(64)]
     rows = torch.zeros(64, dtype=torch.int64)
     tokens: list[int] = []
@@ -195,7 +198,9 @@ def test_samples_do_not_depend_on_their_company(
     config = SamplingConfig(repetition_penalty=1.3)
 
     def sampled(first: int, last: int) -> CompiledGeneration:
-        return CompiledGeneration(compiled, PROMPT, config, seed=1, indices=range(first, last))
+        return CompiledGeneration(
+            compiled, read(compiled, PROMPT), config, seed=1, indices=range(first, last)
+        )
 
     together = drawn(sampled(0, 5), 50)
     assert len(set(map(tuple, tokens_of(together)))) == 5
@@ -215,10 +220,11 @@ def test_samples_do_not_depend_on_their_company(
 @pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])
 def test_shipped_models_draw_the_same_tokens(name: str) -> None:
     pipe = genssm.load(name)
-    prompt, config = pipe.prompt_tokens(), SamplingConfig(temperature=0.9, top_p=0.97)
-    eager = drawn(Generation(pipe.recurrent, prompt, config, seed=2, indices=range(2)), 32)
+    start = read(pipe.recurrent, pipe.prompt_tokens())
+    config = SamplingConfig(temperature=0.9, top_p=0.97)
+    eager = drawn(Generation(pipe.recurrent, start, config, seed=2, indices=range(2)), 32)
     compiled = CompiledModel(pipe.recurrent, "fp32")
-    samples = drawn(CompiledGeneration(compiled, prompt, config, seed=2, indices=range(2)), 32)
+    samples = drawn(CompiledGeneration(compiled, start, config, seed=2, indices=range(2)), 32)
     assert tokens_of(samples) == tokens_of(eager)
     for sample, expected in zip(samples, eager, strict=True):
         assert [d.bits for d in sample] == pytest.approx([d.bits for d in expected], abs=1e-3)
@@ -258,7 +264,9 @@ def test_a_dense_transition_steps_eagerly(make_model: MakeModel) -> None:
     model = to_recurrent(make_model("isotropic", "lssl"))
     with pytest.warns(UserWarning, match=r"not the dense one .*LSSL"):
         assert choose(model, "cpu") is model
-    assert isinstance(begin(model, PROMPT, SamplingConfig(), seed=0, indices=range(1)), Generation)
+    assert isinstance(
+        begin(model, read(model, PROMPT), SamplingConfig(), seed=0, indices=range(1)), Generation
+    )
 
 
 def test_double_precision_is_refused(make_model: MakeModel) -> None:
@@ -304,3 +312,9 @@ def test_kernels_load_where_nothing_can_be_written(tmp_path: Path) -> None:
         check=False,
     )
     assert result.stdout == "True\n", result.stderr
+
+
+def test_layers_of_several_outputs_step_eagerly(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic", "s4d", layer_settings={"channels": 2}))
+    with pytest.warns(UserWarning, match="layers of one output"):
+        assert choose(model) is model

@@ -34,6 +34,7 @@ ORDER = (
     "request",
     "recipe",
     "pipeline",
+    "scheduler",
     "inspection",
     "notes",
     "files",

@@ -1,0 +1,151 @@
+"""Requests share a model: in turns, independently, and without leaving anything behind."""
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from genssm.checkpoint import Checkpoint
+from genssm.codec import Codec
+from genssm.model import SequenceModel
+from genssm.pipeline import Pipeline
+from genssm.scheduler import BusyError, Job, Scheduler
+
+
+@pytest.fixture(scope="module")
+def pipe(make_model: Callable[..., SequenceModel], codecs: dict[str, Codec]) -> Pipeline:
+    codec = codecs["audio"]
+    model = make_model("pooled", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs)
+    with torch.no_grad():
+        model.head.linear.bias[codec.boundary] = -1e4  # its sounds do not end
+    return Pipeline("toy", Checkpoint(model, codec))
+
+
+@pytest.fixture
+def scheduler(pipe: Pipeline) -> Iterator[Scheduler]:
+    scheduler = Scheduler(pipe, limit=8)
+    yield scheduler
+    scheduler.close()
+
+
+def test_results_do_not_depend_on_the_company(scheduler: Scheduler, pipe: Pipeline):
+    settings = [
+        {"count": 1 + i % 3, "max_tokens": 30 + 17 * i, "seed": i, "temperature": 0.7 + i / 10}
+        for i in range(6)
+    ]
+    jobs = [scheduler.submit("one", **s) for s in settings]
+    for job, s in zip(jobs, settings, strict=True):
+        expected = pipe.sample("one", **s)
+        assert [sample.tokens for sample in job.run()] == [sample.tokens for sample in expected]
+        assert [s.token_bits for s in job.samples()] == [s.token_bits for s in expected]
+    assert scheduler.busy == 0
+
+
+def test_requests_may_come_from_many_threads(scheduler: Scheduler, pipe: Pipeline):
+    drawn: dict[int, list[int]] = {}
+
+    def visit(seed: int) -> None:
+        drawn[seed] = scheduler.submit("two", max_tokens=40, seed=seed).run()[0].tokens
+
+    visitors = [threading.Thread(target=visit, args=(seed,)) for seed in range(8)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert drawn == {i: pipe.sample("two", max_tokens=40, seed=i)[0].tokens for i in range(8)}
+
+
+def test_pieces_are_those_of_the_sample(scheduler: Scheduler):
+    job = scheduler.submit("one", max_tokens=200, seed=3)
+    pieces = [piece for _, piece in job]
+    np.testing.assert_array_equal(np.concatenate(pieces), job.samples()[0].raw)
+
+
+def test_requests_take_turns(scheduler: Scheduler):
+    """A short request overtakes a long one that came before it."""
+    long = scheduler.submit(max_tokens=10**6, seed=1)
+    assert len(scheduler.submit(max_tokens=50, seed=2).run()[0].tokens) <= 50
+    assert scheduler.busy == 1
+    long.cancel()
+    assert long.run()[0].finish == "interrupted"
+
+
+def test_whoever_leaves_frees_the_place_and_keeps_what_was_drawn(scheduler: Scheduler):
+    job = scheduler.submit(max_tokens=10**6, seed=1)
+    for _ in job:
+        break
+    wait_until(lambda: scheduler.busy == 0)
+    assert 0 < len(job.samples()[0].tokens) < 10**6
+
+
+def test_a_full_house_turns_away(scheduler: Scheduler):
+    jobs = [scheduler.submit(max_tokens=10**6, seed=i) for i in range(8)]
+    with pytest.raises(BusyError, match=r"8 requests are under way.*try again"):
+        scheduler.submit(max_tokens=5)
+    jobs[3].cancel()
+    wait_until(lambda: scheduler.busy == 7)
+    assert scheduler.submit(max_tokens=5).run()
+    for job in jobs:
+        job.cancel()
+
+
+def test_a_deadline_ends_a_request_with_what_it_has(scheduler: Scheduler):
+    started = time.monotonic()
+    sample = scheduler.submit(max_tokens=10**7, seed=0, seconds=0.3).run()[0]
+    assert time.monotonic() - started < 30
+    assert sample.finish == "interrupted"
+    assert len(sample.tokens) > 0
+
+
+def test_a_failure_is_that_requests_alone(scheduler: Scheduler, pipe: Pipeline):
+    other = scheduler.submit(max_tokens=300, seed=4)
+    broken = scheduler.submit(max_tokens=300, seed=5)
+    broken._pipe = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        broken.run()
+    assert other.run()[0].tokens == pipe.sample(max_tokens=300, seed=4)[0].tokens
+    wait_until(lambda: scheduler.busy == 0)
+
+
+def test_bad_requests_are_refused_before_they_wait(scheduler: Scheduler):
+    with pytest.raises(ValueError, match="unknown class"):
+        scheduler.submit("seven")
+    with pytest.raises(ValueError, match="at most 64 samples"):
+        scheduler.submit(count=65)
+    assert scheduler.busy == 0
+
+
+def test_a_request_can_be_continued_from_its_state(scheduler: Scheduler, pipe: Pipeline):
+    job = scheduler.submit("one", max_tokens=20, seed=6)
+    first = job.run()[0]
+    on = scheduler.submit(state=job.reading(), max_tokens=20, seed=7).run()[0]
+    assert on.plan.tokens[1:] == tuple(t for t in first.tokens if t != pipe.codec.boundary)
+
+
+def test_five_hundred_visits_leave_nothing_behind(scheduler: Scheduler):
+    threads, kept = threading.active_count(), weakref.WeakSet[Job]()
+    for i in range(500):
+        job = scheduler.submit(max_tokens=1 + i % 5, seed=i)
+        kept.add(job)
+        if i % 3:
+            job.run()
+        else:
+            job.cancel()
+        wait_until(lambda: scheduler.busy < 8)
+    wait_until(lambda: scheduler.busy == 0)
+    del job
+    gc.collect()
+    assert len(kept) <= 2  # the last of each worker
+    assert threading.active_count() == threads
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.001)

@@ -27,6 +27,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 # A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LONGEST_SOUND = 2**27  # samples over all channels that a sound file may decode to
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
 
@@ -150,10 +151,15 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
     import soundfile
 
     try:
-        wave, rate = soundfile.read(cast(BinaryIO, file), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(cast(BinaryIO, file)) as sound:
+            if sound.frames * sound.channels > LONGEST_SOUND:
+                raise ValueError(
+                    f"the sound {name!r} is longer than {LONGEST_SOUND:,} samples; cut it"
+                )
+            wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
-    return codec.waveform(wave, rate)
+    return codec.waveform(wave, sound.samplerate)
 
 
 def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:

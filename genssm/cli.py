@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,6 +34,8 @@ app = typer.Typer(
 benchmark = typer.Typer(help="Measure speed, memory and exactness.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
 
+PATIENCE = 3.0  # seconds without a piece after which one is told why
+FIRST_USE = "the first sample on a machine compiles the sampling loop, about 15 seconds …"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -199,7 +202,11 @@ def sample(
     live = pipe.modality == "text" and single and out is None and not as_json
     if live:
         sys.stdout.write(pipe.codec.decode(plan.tokens))
-    drawn, interrupted = _draw(sessions, live)
+    waiting = threading.Timer(PATIENCE, _note, [FIRST_USE, quiet or as_json])
+    waiting.daemon = True
+    if pipe.engine_of(plan) != "eager":
+        waiting.start()
+    drawn, interrupted = _draw(sessions, live, waiting.cancel)
     samples = best([s for session in drawn for s in session.samples()], job.rank, job.trim)
     _deliver(samples, output, as_json, live)
     if save_state is not None and drawn:
@@ -272,18 +279,26 @@ def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
     return round(seconds * rate)
 
 
-def _draw(sessions: Iterable[Session], live: bool) -> tuple[list[Session], bool]:
-    """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes."""
+def _draw(
+    sessions: Iterable[Session], live: bool, begun: Callable[[], None]
+) -> tuple[list[Session], bool]:
+    """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes.
+
+    ``begun`` is called at every piece, and when there is no more.
+    """
     drawn: list[Session] = []
     for session in sessions:
         drawn.append(session)
         try:
             for _, piece in session:
+                begun()
                 if live:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
         except KeyboardInterrupt:
             return drawn, True
+        finally:
+            begun()
     return drawn, False
 
 

@@ -26,6 +26,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class NotFiniteError(ValueError):
+    """A model predicts something that is no number; the message names the layer at fault."""
+
+    def __init__(self, model: RecurrentModel) -> None:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        names = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+        first = f"{names[0]} holds such values" if names else "its state has grown without bound"
+        super().__init__(f"the model predicts values that are not finite numbers: {first}")
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One token of one sample; ``bits`` is -log2 of its probability under the model itself."""
@@ -100,6 +110,8 @@ class Generation:
             tokens = draw(p, torch.tensor(uniform, dtype=torch.float64))
             chosen = own.gather(-1, tokens[:, None])[:, 0]
             bits = (own.logsumexp(-1) - chosen) / math.log(2)
+            if not bool(bits.isfinite().all()):
+                raise NotFiniteError(self.model)
             self._seen.scatter_(-1, tokens[:, None], True)
             self._pending = tokens
         return [
@@ -225,6 +237,8 @@ class CompiledGeneration:
         def draw_part(part: _Part) -> list[list[Drawn]]:
             uniforms = np.array([[self._streams[i].next() for _ in range(size)] for i in part.held])
             tokens, bits = self.model.generate(part.memory, uniforms, self.config, part.seen)
+            if not np.isfinite(bits).all():
+                raise NotFiniteError(self.model.model)
             steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
             return [[Drawn(*d) for d in zip(part.held, *step, strict=True)] for step in steps]
 

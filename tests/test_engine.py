@@ -8,9 +8,10 @@ import torch
 
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import Generation, read
+from genssm.engine import Generation, NotFiniteError, begin, read
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
+from genssm.stepper import choose
 
 MakeModel = Callable[..., SequenceModel]
 PROMPT = torch.tensor([20, 3, 1, 4])
@@ -130,3 +131,17 @@ def test_stepping_leaves_the_number_of_threads_as_it_was(make_model: MakeModel) 
     recurrent = to_recurrent(make_model("isotropic"))
     drawn(started(recurrent, SamplingConfig(), seed=0, indices=range(1)), 2)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("kind", ["eager", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_no_numbers_name_the_layer(
+    kind: str, value: float, make_model: MakeModel
+):
+    model = make_model("isotropic")
+    with torch.no_grad():
+        model.stack.layers[1].mixer.up.weight[0, 0] = value
+    stepper = choose(to_recurrent(model), kind)
+    generation = begin(stepper, read(stepper, PROMPT), SamplingConfig(), seed=0, indices=[0])
+    with pytest.raises(NotFiniteError, match=r"stack\.layers\.1\.mixer\.up\.weight"):
+        drawn(generation, 4)

@@ -168,7 +168,7 @@ def _written(job: Job, before: str) -> Iterator[Written]:
 def paint(
     label: str = "any",
     count: int = 4,
-    temperature: float = 0.98,
+    temperature: float = 0.92,
     guidance: float = 1.0,
     upload: str | None = None,
     rows: int = 16,
@@ -338,7 +338,7 @@ def _draw_tab() -> None:
     label = gr.Radio(labels, value="any", label="Class")
     with gr.Row():
         count = gr.Slider(1, PICTURES, 4, step=1, label="Pictures")
-        heat = gr.Slider(0.5, 1.2, 0.98, step=0.01, label="Temperature")
+        heat = gr.Slider(0.5, 1.2, 0.92, step=0.01, label="Temperature")
         guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance (stresses the class)")
         seed = _seed_box()
     with gr.Row():

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -534,6 +535,7 @@ def layers(
 
 def main() -> None:
     """Entry point of the ``genssm`` command."""
+    warnings.showwarning = lambda message, *_, **__: _note(f"genssm: {message}")
     app()
 
 

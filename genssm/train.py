@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class _Run:
     seconds: float = 0.0
     tokens: int = 0
     best: float = math.inf
+    before: dict[str, Any] | None = None  # training facts of the checkpoint it began with
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -81,6 +83,7 @@ class _Run:
             "seconds": self.seconds,
             "tokens": self.tokens,
             "best": self.best,
+            "before": self.before,
             "recipe": asdict(recipe),
         }
         checkpoints.replace_file(
@@ -117,8 +120,8 @@ class _Run:
                     state.setdefault(int(i), {})[key] = tensor
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.seconds, self.tokens, self.best = (
-            facts[name] for name in ("step", "seconds", "tokens", "best")
+        self.step, self.seconds, self.tokens, self.best, self.before = (
+            facts[name] for name in ("step", "seconds", "tokens", "best", "before")
         )
 
 
@@ -226,6 +229,7 @@ class _Training:
             if not _same_shapes(start.model, model):
                 raise ValueError("the model to start from has another shape than the recipe's")
             model.load_state_dict(start.model.state_dict())
+            self.run.before = start.training
         self.smooth = math.nan
         self.reported = (time.monotonic(), self.run.tokens)
 
@@ -263,6 +267,7 @@ class _Training:
                 "tokens": run.tokens,
                 "minutes": round(run.seconds / 60, 1),
                 "threads": torch.get_num_threads(),
+                "before": run.before,
             }
             metrics = {"validation subset": {"value": measured.value, "unit": measured.unit}}
             probe = self.codec.encode(examples[0].raw, examples[0].label)[:PROBE].tolist()

@@ -34,6 +34,7 @@ ORDER = (
     "request",
     "recipe",
     "pipeline",
+    "sampling_benchmark",
     "inspection",
     "notes",
     "files",

@@ -42,6 +42,7 @@ VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8")) 
 BYTES = {EXACT: 4, "bf16": 2, "int8": 1}  # of one weight of a linear map
 BLOCK = 32  # tokens that the compiled loop draws at once, after
 WARM_UP = 63  # tokens in blocks of 1, 2, 4, …, 32
+MARGIN = 64  # tokens that a Transformer's cache grows by while it is measured
 MiB = 2**20
 
 # As large as the SaShiMi of 8 blocks a tier (arXiv 2202.09729), for sound of 16 kHz.
@@ -201,9 +202,12 @@ def last_level_cache() -> int | None:
 def measure_bandwidths(subject: Subject, extent: Extent) -> list[dict[str, Any]]:
     """Of buffers of the size of the model's weights, and of one that no cache can hold."""
     sizes = {
-        f"weights of the reference model, {kind}": sum(bytes_per_step(subject.recurrent, kind))
+        f"weights and state of the reference model, {kind}": sum(
+            bytes_per_step(subject.recurrent, kind)
+        )
         for kind in BYTES
     }
+    sizes = {name: MiB * math.ceil(size / MiB) for name, size in sizes.items()}
     sizes["beyond the caches"] = max(extent.beyond_cache, 8 * (last_level_cache() or 0))
     return [
         {
@@ -398,9 +402,6 @@ def measure_cached(model: nn.Module, context: int, extent: Extent) -> float:
     return steps / statistics.median(_seconds(run) for _ in range(extent.repeats))
 
 
-MARGIN = 64  # tokens that a cache grows by while it is measured
-
-
 @torch.no_grad()
 def measure_recomputed(logits: Callable[[Tensor], Tensor], context: int, repeats: int) -> float:
     """Tokens a second where all of the context is computed again for every token.
@@ -593,7 +594,7 @@ def benchmark_sampling(small: bool = False, report: Report = lambda line: None) 
     facts["bandwidth"] = measure_bandwidths(reference, extent)
     for row in facts["bandwidth"]:
         report(
-            f"{row['buffer']:<40} {row['bytes'] / MiB:7.1f} MiB {_count(row['threads']):<9} "
+            f"{row['buffer']:<50} {row['bytes'] / MiB:7.1f} MiB {_count(row['threads']):<9} "
             f"{row['bytes_per_second'] / 1e9:7.1f} GB/s"
         )
     shipped = {name: shipped_subject(name) for name in extent.shipped}

@@ -524,13 +524,48 @@ def layers(
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"there is no device {device!r} here; known: cpu, and cuda with a GPU")
-    if out is not None and out.exists() and not force:
-        raise UsageError(f"{str(out)!r} exists; give --force to overwrite it")
+    _check_new(out, force)
     torch.set_flush_denormal(True)
     facts = benchmark_layers(device, small, _say)
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(out, lambda file: file.write_text(text))
+
+
+@benchmark.command()
+@_command
+def sampling(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the speeds as PNG (needs matplotlib).")
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help="Tiny models only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+) -> None:
+    """Measure sampling: tokens/s, bandwidth, GPT-2 and convolution beside it, first token."""
+    import torch
+
+    from genssm import sampling_benchmark
+    from genssm.checkpoint import replace_file
+
+    for file in (out, plot):
+        _check_new(file, force)
+    if plot is not None:
+        sampling_benchmark.require_plots()
+    torch.set_flush_denormal(True)
+    facts = sampling_benchmark.benchmark_sampling(small, _say)
+    if out is not None:
+        text = json.dumps(facts, indent=1) + "\n"
+        replace_file(out, lambda file: file.write_text(text))
+    if plot is not None:
+        replace_file(plot, lambda file: sampling_benchmark.plot(facts, file))
+
+
+def _check_new(file: Path | None, force: bool) -> None:
+    if file is not None and file.exists() and not force:
+        raise UsageError(f"{str(file)!r} exists; give --force to overwrite it")
 
 
 def main() -> None:

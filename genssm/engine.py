@@ -193,6 +193,11 @@ class CompiledGeneration:
         self._sizes = block_sizes()
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
 
+    @property
+    def threads(self) -> int:
+        """Threads among which the rows are shared out."""
+        return len(self._parts)
+
     def step(self) -> list[Drawn]:
         """Draw one token for every active sample."""
         if not self.active:

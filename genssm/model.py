@@ -35,7 +35,7 @@ class ModelConfig:
     n_layers: tuple[int, ...] = (6,)  # blocks of each level, after its pool
     pools: tuple[int, ...] = ()  # stride from each level to the next
     layer: str = "s4d"  # a key of LAYERS
-    layer_settings: dict[str, Any] = field(default_factory=dict)  # further ones of its class
+    layer_settings: dict[str, Any] = field(default_factory=dict, hash=False)  # of its class
     d_state: int = 32  # N, complex pairs counted twice
     l_max: int = 1024  # training length in tokens (the kernel length S4 is parametrised for)
     dt_min: float = 1e-3  # range of the initial Δ, in steps of the layer's own level

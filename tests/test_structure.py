@@ -35,6 +35,7 @@ ORDER = (
     "recipe",
     "pipeline",
     "scheduler",
+    "sampling_benchmark",
     "inspection",
     "notes",
     "files",

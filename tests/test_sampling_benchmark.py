@@ -1,0 +1,124 @@
+"""The benchmark of sampling counts, matches and names what it says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from genssm.benchmark import REFERENCE
+from genssm.cli import app
+from genssm.conversion import to_recurrent
+from genssm.model import ModelConfig, SequenceModel
+from genssm.sampling_benchmark import (
+    Baseline,
+    Speed,
+    bytes_per_step,
+    ratios,
+    transformer_size,
+)
+
+
+def test_transformer_has_about_as_many_parameters():
+    model = SequenceModel(REFERENCE)
+    ours = sum(p.numel() for p in model.parameters())
+    layers, theirs = transformer_size(ours, REFERENCE.vocab_size, REFERENCE.d_model[0])
+    assert layers == 4
+    assert theirs == pytest.approx(ours, rel=0.1)
+
+
+def test_transformer_is_counted_as_it_is_built():
+    pytest.importorskip("transformers")
+    from genssm.sampling_benchmark import build_transformer
+
+    config = replace(REFERENCE, d_model=(32,), n_layers=(1,))
+    layers, counted = transformer_size(50_000, config.vocab_size, 32)
+    model = build_transformer(50_000, config, positions=16)
+    assert layers == 3
+    assert sum(p.numel() for p in model.parameters()) == counted + 16 * 32
+
+
+def test_bytes_of_a_step_are_those_of_its_weights_and_states():
+    H, n, V = 32, 4, 32
+    config = ModelConfig(vocab_size=V, n_outputs=V, d_model=(H,), n_layers=(1,), d_state=2 * n)
+    recurrent = to_recurrent(SequenceModel(config))
+    matrices = 2 * H * H + 2 * H * H + 2 * H * H + V * H  # gate, up, down, head
+    biases = 2 * H + 2 * H + H + V
+    norms = 3 * 2 * H
+    ssm = 2 * 2 * H * n + H  # a and c are complex; D
+    others = 4 * (biases + norms + ssm + H)  # and a row of the embedding
+    state = 2 * 4 * H * n
+    assert bytes_per_step(recurrent, "fp32") == (4 * matrices + others, state)
+    assert bytes_per_step(recurrent, "bf16") == (2 * matrices + others, state)
+    scales = 4 * biases  # one a row, as biases
+    assert bytes_per_step(recurrent, "int8") == (matrices + others + scales, state)
+    rows = 4 * 2 * H  # of the embedding, of the other two samples
+    assert bytes_per_step(recurrent, "fp32", 3) == (4 * matrices + others + rows, 3 * state)
+    b = 2 * 4 * H * n
+    assert bytes_per_step(recurrent, engine="eager") == (4 * matrices + others + b, state)
+
+
+def test_pooled_weights_are_read_once_a_group():
+    config = ModelConfig(
+        vocab_size=32, n_outputs=32, d_model=(32, 32), n_layers=(0, 1), pools=(4,), d_state=8
+    )
+    more = replace(config, n_layers=(0, 2))
+    flat = replace(config, d_model=(32,), n_layers=(1,), pools=())
+    two = replace(flat, n_layers=(2,))
+    read = {c: bytes_per_step(to_recurrent(SequenceModel(c))) for c in (config, more, flat, two)}
+    for i in range(2):  # weights, states
+        added = read[more][i] - read[config][i]
+        assert added == pytest.approx((read[two][i] - read[flat][i]) / 4)
+
+
+def test_every_ratio_names_what_it_compares():
+    ours = Speed("reference", "cpu", "bf16", 1, 1, 1, 1024, 600.0, 1.0, 1.0, None)
+    later = replace(ours, context=3072, tokens_per_second=500.0)
+    other = Baseline("GPT-2 without a cache", "fp32", 1, 1024, 2, 10.0)
+    (ratio,) = ratios([ours, later], [other])
+    assert ratio["ratio"] == 60
+    assert ratio["name"] == (
+        "genssm cpu bf16, 1 thread ÷ GPT-2 without a cache, fp32, 2 threads; batch 1, context 1024"
+    )
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_existing_files_are_kept(option: str, tmp_path: Path):
+    file = tmp_path / "sampling"
+    file.write_text("kept")
+    result = CliRunner().invoke(app, ["benchmark", "sampling", option, str(file)])
+    assert result.exit_code == 2
+    assert "exists; give --force" in result.stderr
+    assert file.read_text() == "kept"
+
+
+def test_plot_without_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("genssm.sampling_benchmark.importlib.util.find_spec", lambda name: None)
+    file = tmp_path / "sampling.png"
+    result = CliRunner().invoke(app, ["benchmark", "sampling", "--plot", str(file)])
+    assert result.exit_code == 1
+    assert "a plot needs matplotlib" in result.stderr
+
+
+@pytest.mark.slow
+def test_benchmark_writes_all_sections(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "sampling.json", tmp_path / "sampling.png"
+    options = ["--small", "--out", str(out), "--plot", str(plot)]
+    result = CliRunner().invoke(app, ["benchmark", "sampling", *options])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(out.read_text())
+    assert all(row["bytes_per_second"] > 0 for row in facts["bandwidth"])
+    assert {row["model"] for row in facts["sampling"]} == {"reference", "digits"}
+    assert {(row["engine"], row["weights"]) for row in facts["sampling"]} == {
+        ("eager", "fp32"), ("cpu", "fp32"), ("cpu", "bf16"), ("cpu", "int8"),
+    }  # fmt: skip
+    assert all(row["tokens_per_second"] > 0 for row in facts["sampling"])
+    assert all((row["bandwidth_share"] is None) == (row["batch"] > 1) for row in facts["sampling"])
+    assert all(ratio["ratio"] > 0 for ratio in facts["comparison"]["ratios"])
+    assert [row["rate"] for row in facts["audio"]] == [8000, 16000]
+    (first,) = facts["first_token"]
+    assert first["seconds_stepping_extrapolated_from_16_tokens"] > 0
+    assert facts["start_up"]["seconds"] > 0
+    assert plot.read_bytes()[:4] == b"\x89PNG"

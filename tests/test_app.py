@@ -47,12 +47,16 @@ def test_there_must_be_something_to_continue() -> None:
         next(app.write_on(None, "", 6, 0.8))
 
 
-def test_stopping_keeps_what_was_drawn() -> None:
-    writing = app.write("The river", 400, 0.8, 5)
+def test_stopping_keeps_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text far longer than the page allows, so that it is still being written when it stops."""
+    monkeypatch.setattr(app, "TOKENS", 10**6)
+    monkeypatch.setattr(app, "UPDATES", 1000)
+    writing = app.write("The river", 10**6, 0.8, 3)
     *_, job = next(writing)
     app.stop(job)
     last = list(writing)[-1]
-    assert 0 < len(job.samples()[0].tokens) < 400
+    assert 0 < len(job.samples()[0].tokens) < 10**5
+    assert job.samples()[0].finish == "interrupted"
     assert last[1] == job.samples()[0].raw
 
 

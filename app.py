@@ -13,7 +13,6 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import numpy as np
-import PIL.Image
 import torch
 from gradio.themes import Default
 
@@ -21,7 +20,7 @@ import genssm
 from genssm.codec import Codec
 from genssm.conversion import certify
 from genssm.engine import read
-from genssm.files import grid, read_prompt
+from genssm.files import grid, read_prompt, spectrogram
 from genssm.pipeline import Sample, new_seed
 from genssm.scheduler import BusyError, Job, Scheduler
 
@@ -63,11 +62,15 @@ def scheduler(name: str) -> Scheduler:
         return _scheduler(name)
 
 
+def _seed(seed: float | None) -> int:
+    """What the page's box means: none, or a negative number, is a new seed."""
+    return new_seed() if seed is None or seed < 0 else int(seed)
+
+
 def _submit(name: str, prompt: Any, seed: float | None, **settings: Any) -> Job:
     """Begin a request; whatever is wrong with it becomes one sentence on the page."""
-    settings["seed"] = new_seed() if seed is None or seed < 0 else int(seed)
     try:
-        return scheduler(name).submit(prompt, seconds=SECONDS, **settings)
+        return scheduler(name).submit(prompt, seconds=SECONDS, seed=_seed(seed), **settings)
     except (ValueError, BusyError) as error:
         raise gr.Error(f"{str(error)[0].upper()}{str(error)[1:]}.", print_exception=False) from None
 
@@ -88,10 +91,10 @@ def _status(name: str, samples: list[Sample]) -> str:
     pipe = scheduler(name).pipe
     drawn = sum(len(s.tokens) for s in samples)
     speed = drawn / max(samples[0].seconds, 1e-9)
-    kept = sum(t.nbytes for t in pipe.recurrent.initial_state(1).tensors())
     return (
         f"seed {samples[0].seed} · {drawn:,} tokens · {speed:,.0f} tokens/s · "
-        f"state {kept / 1024:.0f} KiB, constant · {pipe.engine_of(samples[0].plan)}"
+        f"state {pipe.recurrent.state_bytes() / 1024:.0f} KiB, constant · "
+        f"{pipe.engine_of(samples[0].plan)}"
     )
 
 
@@ -202,15 +205,10 @@ def _uploaded(name: str, path: str, kind: str) -> Any:
 # Speak
 
 
-def spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Log-magnitude over time and frequency, uint8 (height, width, 3), loud is dark."""
-    samples = torch.from_numpy(np.pad(wave, (0, max(0, 512 - len(wave)))))
-    window = torch.hann_window(256)
-    spectrum = torch.stft(samples, 256, hop_length=max(32, len(wave) // 800), window=window,
-                          return_complex=True).abs()  # fmt: skip
-    level = (20 * spectrum.clamp(min=1e-4).log10() + 60).clamp(0, 80) / 80
-    picture = (255 * (1 - level.flip(0))).byte().numpy()
-    return np.repeat(np.array(PIL.Image.fromarray(picture).resize((880, 200)))[..., None], 3, 2)
+def spectrum_page(wave: np.ndarray) -> np.ndarray:
+    """The spectrogram of a clip as wide as the page, uint8 (height, width, 3)."""
+    picture = spectrogram(np.pad(wave, (0, max(0, 512 - len(wave)))), max(32, len(wave) // 800))
+    return np.repeat(np.array(picture.resize((880, 200)))[..., None], 3, 2)
 
 
 def speak(
@@ -223,7 +221,7 @@ def speak(
     digits = [c for c in number if c.isdigit()]
     if upload is None and not 1 <= len(digits) <= DIGITS:
         raise gr.Error(f"Give a number of 1 to {DIGITS} digits.", print_exception=False)
-    first = new_seed() if seed is None or seed < 0 else int(seed)
+    first = _seed(seed)
     hertz = scheduler("digits").pipe.config["codec"]["rate"]
     prompts: list[Any] = digits
     if upload is not None:
@@ -237,7 +235,7 @@ def speak(
             samples = job.samples()
             if samples:
                 wave = np.concatenate([*said, samples[0].raw])
-                yield None, spectrogram(wave, hertz), _status("digits", samples), job
+                yield None, spectrum_page(wave), _status("digits", samples), job
         if samples:
             said += [samples[0].raw, np.zeros(hertz // 8, np.float32)]
             if samples[0].finish == "interrupted":
@@ -245,7 +243,7 @@ def speak(
     if said:
         wave = np.concatenate(said)
         sound = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
-        yield (hertz, sound), spectrogram(wave, hertz), _status("digits", samples), job
+        yield (hertz, sound), spectrum_page(wave), _status("digits", samples), job
 
 
 # Inside

@@ -8,25 +8,18 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-import torch
 
 import genssm
-from genssm.files import grid
+from genssm.files import grid, spectrogram
 
 SEED, SCALE = 1, 5
 PANEL = (176, 120)  # width and height of one spectrogram
 
 
-def spectrogram(wave: np.ndarray) -> PIL.Image.Image:
-    """Log-magnitude of a clip over time (0.7 s) and frequency (0 … 4 kHz), dark is loud."""
-    samples = torch.zeros(5600)
-    samples[: min(5600, len(wave))] = torch.from_numpy(wave[:5600])
-    spectrum = torch.stft(
-        samples, n_fft=256, hop_length=32, window=torch.hann_window(256), return_complex=True
-    ).abs()
-    level = (20 * spectrum.clamp(min=1e-4).log10() + 60).clamp(0, 80) / 80
-    picture = (255 * (1 - level.flip(0))).byte().numpy()
-    return PIL.Image.fromarray(picture).resize(PANEL, PIL.Image.Resampling.BILINEAR)
+def panel(wave: np.ndarray) -> PIL.Image.Image:
+    """The spectrogram of the first 0.7 seconds of a clip."""
+    samples = np.pad(wave[:5600], (0, max(0, 5600 - len(wave))))
+    return spectrogram(samples, 32).resize(PANEL, PIL.Image.Resampling.BILINEAR)
 
 
 def main() -> None:
@@ -44,7 +37,7 @@ def main() -> None:
         wave = speaker.sample(str(digit), seed=SEED)[0].raw
         x = left.shape[1] + gap + digit // 5 * (PANEL[0] + gap)
         y = digit % 5 * pitch
-        canvas.paste(spectrogram(wave), (x, y))
+        canvas.paste(panel(wave), (x, y))
         pen.text((x + 4, y + 2), str(digit), fill="black", font_size=18)
     canvas.save(Path(__file__).with_name("samples.png"), optimize=True)
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.pipeline import Pipeline, Sample
 from genssm.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
@@ -221,6 +224,21 @@ def grid(pictures: list[np.ndarray], columns: int | None = None, gap: int = 2) -
         y, x = i // columns * (height + gap), i % columns * (width + gap)
         canvas[y : y + height, x : x + width] = picture
     return canvas
+
+
+def spectrogram(wave: np.ndarray, hop: int) -> PIL.Image.Image:
+    """Log-magnitude of sound float32 (samples,) over time and frequency, 80 dB; loud is dark.
+
+    A column every ``hop`` samples, 129 rows, the highest frequency above.
+    """
+    import PIL.Image
+    import torch
+
+    spectrum = torch.stft(
+        torch.from_numpy(wave), 256, hop, window=torch.hann_window(256), return_complex=True
+    ).abs()
+    level = (20 * spectrum.clamp(min=1e-4).log10() + 60).clamp(0, 80) / 80
+    return PIL.Image.fromarray((255 * (1 - level.flip(0))).byte().numpy())
 
 
 def png(array: np.ndarray) -> bytes:

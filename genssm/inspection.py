@@ -14,12 +14,11 @@ from genssm.pipeline import Pipeline
 def inspect(pipe: Pipeline) -> dict[str, Any]:
     """Facts of a model, JSON-able: sizes, training, metrics and the certificate of its views."""
     probe = torch.tensor(pipe.config["probe"], dtype=torch.int64)
-    state = pipe.recurrent.initial_state(1)
     facts = {
         "model": pipe.name,
         "modality": pipe.modality,
         "parameters": sum(p.numel() for p in pipe.model.parameters()),
-        "state_bytes": sum(t.numel() * t.element_size() for t in state.tensors()),
+        "state_bytes": pipe.recurrent.state_bytes(),
         "period": pipe.model.config.period,
         "config": pipe.config["model"],
         "codec": pipe.config["codec"],

@@ -638,6 +638,10 @@ class RecurrentModel(nn.Module):
         history = torch.full((batch, width), NOTHING, device=device)
         return State(torch.tensor(0), history, self.stack.initial_state(batch))
 
+    def state_bytes(self) -> int:
+        """Bytes of the state of one sequence, whatever its length."""
+        return sum(t.nbytes for t in self.initial_state(1).tensors())
+
     def history(self, tokens: Tensor) -> Tensor:
         """What ``State.history`` holds after tokens (B, L) from the beginning, L >= 1."""
         kept, reach = int(self.config.conditioned), self.inputs.reach

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from genssm.benchmark import REFERENCE, machine
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Reading, begin, in_threads, read
+from genssm.engine import CompiledGeneration, Reading, begin, in_threads, read, torch_threads
 from genssm.model import (
     Linear,
     ModelConfig,
@@ -127,16 +126,6 @@ def _compiled(model: RecurrentModel, weights: str) -> CompiledModel:
 
 
 # Time
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds(function: Callable[[], Any]) -> float:
@@ -307,7 +296,7 @@ def measure_speed(
     start = start or subject.start
     engine, weights = variant
     stepper = subject.recurrent if engine == "eager" else _compiled(subject.recurrent, weights)
-    with _threads(threads):
+    with torch_threads(threads):
         generation = begin(stepper, start, SamplingConfig(), seed=0, indices=range(batch))
         used = 1
         if isinstance(generation, CompiledGeneration):
@@ -428,7 +417,7 @@ def measure_baselines(
 
     for context in extent.contexts:
         for threads in thread_counts():
-            with _threads(threads):
+            with torch_threads(threads):
                 measured = {
                     "own convolution of the whole context, kernels kept": measure_recomputed(
                         convolved, context, extent.repeats
@@ -534,7 +523,7 @@ def measure_first_token(subject: Subject, length: int, extent: Extent) -> dict[s
             model.step(token, memory)
 
     repeats = extent.repeats if length < 2**15 else 1  # long ones vary little
-    with _threads(1):
+    with torch_threads(1):
         if repeats > 1:
             parallel()
         times = [_seconds(parallel) for _ in range(repeats)]

@@ -33,6 +33,16 @@ def by_steps(layer: Recurrence, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(ys, 1), x
 
 
+def assert_views_agree(layer: TrainedLayer, u: Tensor, expected: Tensor, assert_near: Near) -> None:
+    """Stepping and reading give what the convolution gave, and end in one state."""
+    recurrent, tolerance = layer.to_recurrent(), TOLERANCES[u.dtype]
+    y, x = by_steps(recurrent, u, recurrent.initial_state(2))
+    assert_near(y, expected, tolerance)
+    y, prefilled = recurrent.prefill(u, recurrent.initial_state(2))
+    assert_near(y, expected, tolerance)
+    assert_near(prefilled, x, tolerance)
+
+
 @pytest.fixture(params=TOLERANCES, ids=["float64", "float32"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -52,12 +62,7 @@ def test_step_and_prefill_match_convolution(
     layer = make(name, dtype)
     u = torch.randn(2, length, 4, dtype=dtype)
     expected = layer(u)
-    recurrent = layer.to_recurrent()
-    y, x = by_steps(recurrent, u, recurrent.initial_state(2))
-    assert_near(y, expected, TOLERANCES[dtype])
-    y, prefilled = recurrent.prefill(u, recurrent.initial_state(2))
-    assert_near(y, expected, TOLERANCES[dtype])
-    assert_near(prefilled, x, TOLERANCES[dtype])
+    assert_views_agree(layer, u, expected, assert_near)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (63, 64), (64, 128), (10, 10, 75), (0, 149, 150)])
@@ -370,12 +375,7 @@ def test_views_of_every_variant_agree(variant: TrainedLayer, dtype: torch.dtype,
     u = torch.randn(2, 150, 4, dtype=dtype)
     expected = variant(u)
     assert expected.shape == (2, 150, 4 * variant.channels)
-    recurrent = variant.to_recurrent()
-    y, x = by_steps(recurrent, u, recurrent.initial_state(2))
-    assert_near(y, expected, TOLERANCES[dtype])
-    y, prefilled = recurrent.prefill(u, recurrent.initial_state(2))
-    assert_near(y, expected, TOLERANCES[dtype])
-    assert_near(prefilled, x, TOLERANCES[dtype])
+    assert_views_agree(variant, u, expected, assert_near)
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])

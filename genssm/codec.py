@@ -36,6 +36,19 @@ class Codec(ABC):
         """Ids read by the model: the predicted ones, the boundary and the labels."""
         return max(self.n_outputs, self.boundary + 1) + len(self.labels)
 
+    def broader(self, label: str) -> str | None:
+        """The class that a label is a part of: "7" of "7_jackson"; None for a whole class."""
+        while "_" in label:
+            label = label.rpartition("_")[0]
+            if label in self.labels:
+                return label
+        return None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that are no part of another."""
+        return tuple(label for label in self.labels if self.broader(label) is None)
+
     def start(self, label: str | None = None) -> int:
         """The start token of a label; the boundary for None and "any"."""
         if label is None or label == ANY:

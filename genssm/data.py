@@ -138,10 +138,12 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
 def read_clips(path: Path, codec: Audio) -> Iterator[Example]:
     """Clips of one sound file, or of a folder or tar of sound files, at the rate of the codec.
 
-    Labels: the file name up to the first "_", or the folder's name, if that is a class.
+    Labels: as much of the file name, up to a "_", as is a label ("7_jackson_12" is one of
+    "7_jackson", or else of "7"), or else the folder's name.
     """
     for name, data in _members(path, SOUNDS):
-        candidates = (name.stem.split("_")[0], name.parent.name)
+        parts = name.stem.split("_")
+        candidates = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)] + [name.parent.name]
         label = next((c for c in candidates if c in codec.labels), None)
         yield Example(read_sound(io.BytesIO(data), codec, str(name)), label)
 
@@ -285,7 +287,11 @@ class PictureBatches:
 
 
 class ClipBatches:
-    """Clips of similar length together, their class as start token, the boundary as last target."""
+    """Clips of similar length together, their label as start token, the boundary as last target.
+
+    A tenth of them have "any" instead; of those with a part of a class ("7_jackson"), three tenths
+    more have the class ("7").
+    """
 
     group = 16  # batches whose clips are sorted by length together
 
@@ -293,11 +299,14 @@ class ClipBatches:
         self, examples: Iterable[Example], codec: Audio, batch_size: int, length: int, seed: int
     ) -> None:
         self.codec, self.batch_size, self.seed = codec, batch_size, seed
-        self.clips: list[tuple[Tensor, int]] = []  # tokens without start, start token
+        self.clips: list[tuple[Tensor, int, int]] = []  # tokens, start tokens of label and class
         for example in examples:
             tokens = codec.encode(example.raw, example.label)
             ended = torch.cat([tokens[1:], torch.tensor([codec.boundary])])
-            self.clips.append((ended[:length], int(tokens[0])))
+            start = int(tokens[0])
+            broader = None if example.label is None else codec.broader(example.label)
+            whole = start if broader is None else codec.start(broader)
+            self.clips.append((ended[:length], start, whole))
         together = min(self.group * batch_size, len(self.clips) // batch_size * batch_size)
         if together == 0:
             raise ValueError(f"a batch of {batch_size} needs more than {len(self.clips)} clips")
@@ -314,8 +323,10 @@ class ClipBatches:
         tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
         weights = torch.zeros(self.batch_size, longest)
         for row, i in enumerate(members):
-            clip, start = self.clips[i]
-            tokens[row, 0] = self.codec.boundary if random.random() < 0.1 else start
+            clip, start, whole = self.clips[i]
+            chance = random.random()
+            known = whole if chance < 0.4 else start
+            tokens[row, 0] = self.codec.boundary if chance < 0.1 else known
             tokens[row, 1 : len(clip) + 1] = clip
             weights[row, : len(clip)] = 1
         return Batch(tokens, weights)

@@ -521,7 +521,7 @@ class Pipeline:
 
         All classes are scored in one batch. Raises ValueError for a model without classes.
         """
-        labels = self.codec.labels
+        labels = self.codec.classes
         if not labels:
             raise ValueError("to classify needs a model with classes; this one has none")
         tokens = torch.stack([self.codec.encode(raw, label) for label in labels])

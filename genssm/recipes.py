@@ -10,6 +10,8 @@ from genssm.model import ModelConfig
 from genssm.settings import check_types
 
 DIGITS = tuple("0123456789")
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+SPOKEN = (*DIGITS, *(f"{digit}_{speaker}" for digit in DIGITS for speaker in SPEAKERS))
 CIFAR10 = (
     "airplane",
     "automobile",
@@ -125,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": Recipe(
         modality="audio",
-        codec={"rate": 8000, "labels": DIGITS},
+        codec={"rate": 8000, "labels": SPOKEN},
         model={
             "d_model": (64, 128, 256),
             "n_layers": (4, 4, 4),

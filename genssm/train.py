@@ -226,9 +226,7 @@ class _Training:
         if self.state_file.exists():
             self.run.restore(self.state_file, recipe)
         elif start is not None:
-            if not _same_shapes(start.model, model):
-                raise ValueError("the model to start from has another shape than the recipe's")
-            model.load_state_dict(start.model.state_dict())
+            _load_from(start, model, self.codec)
             self.run.before = start.training
         self.smooth = math.nan
         self.reported = (time.monotonic(), self.run.tokens)
@@ -291,10 +289,39 @@ class _Training:
         )
 
 
-def _same_shapes(a: nn.Module, b: nn.Module) -> bool:
-    return {k: t.shape for k, t in a.state_dict().items()} == {
-        k: t.shape for k, t in b.state_dict().items()
-    }
+def _load_from(start: checkpoints.Checkpoint, model: SequenceModel, codec: Codec) -> None:
+    """Load the weights of ``start`` into a model of its shape.
+
+    Labels that it does not know begin as the class they are a part of, or else as "any"; a class
+    that is to be added at every position, where it was not, begins with nothing.
+    """
+    weights, own = dict(start.model.state_dict()), model.state_dict()
+    condition = "inputs.condition.weight"
+    if condition in own and condition not in weights:
+        weights[condition] = torch.zeros_like(weights["inputs.embedding.weight"])
+    if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
+        ids = [
+            *range(codec.vocab_size - len(codec.labels)),
+            *map(
+                start.codec.start,
+                (
+                    next(
+                        (
+                            name
+                            for name in (label, codec.broader(label))
+                            if name in start.codec.labels
+                        ),
+                        None,
+                    )
+                    for label in codec.labels
+                ),
+            ),
+        ]
+        for name in {"inputs.embedding.weight", condition} & weights.keys():
+            weights[name] = weights[name][ids]
+    if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
+        raise ValueError("the model to start from has another shape than the recipe's")
+    model.load_state_dict(weights)
 
 
 def train_step(

@@ -94,7 +94,7 @@ def _status(name: str, samples: list[Sample]) -> str:
     return (
         f"seed {samples[0].seed} · {drawn:,} tokens · {speed:,.0f} tokens/s · "
         f"state {pipe.recurrent.state_bytes() / 1024:.0f} KiB, constant · "
-        f"{pipe.engine_of(samples[0].plan)}"
+        f"{pipe.engine_name}"
     )
 
 

@@ -205,7 +205,7 @@ def sample(
         sys.stdout.write(pipe.codec.decode(plan.tokens))
     waiting = threading.Timer(PATIENCE, _note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
-    if pipe.engine_of(plan) != "eager":
+    if pipe.engine_name != "eager":
         waiting.start()
     drawn, interrupted = _draw(sessions, live, waiting.cancel)
     samples = best([s for session in drawn for s in session.samples()], job.rank, job.trim)
@@ -328,7 +328,7 @@ def _summarize(samples: list[Sample], output: Output) -> None:
     speed = tokens / seconds if seconds else 0.0
     _note(
         f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
-        f"{bits / max(1, tokens):.2f} bits/token · {output.pipe.engine_of(samples[0].plan)}"
+        f"{bits / max(1, tokens):.2f} bits/token · {output.pipe.engine_name}"
     )
 
 

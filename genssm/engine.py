@@ -82,10 +82,7 @@ class Generation:
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
         self._guided = guide is not None
-        logits, state = start.logits, start.state
-        if guide is not None:
-            logits = torch.cat([logits, guide.logits])
-            state = _beside(state, guide.state)
+        logits, state = _streams_of(start, guide)
         rows = torch.arange(len(logits)).repeat_interleave(len(indices))
         self._logits, self._state = logits[rows], state.rows(rows)
         self._seen = torch.zeros(len(indices), logits.shape[-1], dtype=torch.bool)
@@ -154,10 +151,10 @@ class Snapshot:
 
 @dataclass
 class _Part:
-    """Rows that one thread steps."""
+    """Samples that one thread steps."""
 
-    held: list[int]  # the sample of each row
-    memory: Memory
+    held: list[int]  # the sample of each row of ``seen``
+    memory: Memory  # their rows; if they are guided, then those of the guides in the same order
     seen: np.ndarray  # (B, V) bool, for the repetition penalty
 
 
@@ -177,17 +174,21 @@ class CompiledGeneration:
         *,
         seed: int,
         indices: Sequence[int],
+        guide: Reading | None = None,
+        guidance: float = 1.0,
         snapshots: bool = False,
     ) -> None:
-        """``snapshots``: keep what ``snapshot`` needs."""
-        self.model, self.config, self._snapshots = model, config, snapshots
+        """``guide``, ``guidance``: as of ``Generation``; ``snapshots``: keep what they need."""
+        self.model, self.config, self.guidance = model, config, guidance
+        self._snapshots = snapshots
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
-        rows = torch.zeros(len(indices), dtype=torch.int64)
-        size = start.logits.shape[-1]
+        logits, state = _streams_of(start, guide)
+        rows = torch.arange(len(logits)).repeat_interleave(len(indices))
+        size = logits.shape[-1]
         seen = np.zeros((len(indices), size), np.bool_)
         seen[:, start.tokens[start.tokens < size].numpy()] = True
-        memory = model.load(start.state.rows(rows), start.logits[rows])
+        memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
         self._parts = self._shared_out(_Part(list(self.active), memory, seen))
         self._sizes = block_sizes()
@@ -222,26 +223,29 @@ class CompiledGeneration:
         return self._begun
 
     def _joined(self, parts: list[_Part]) -> Snapshot:
-        states = [self.model.save(part.memory) for part in parts]
-        return Snapshot(
-            tuple(sample for part in parts for sample in part.held),
-            torch.cat([self.model.logits(part.memory) for part in parts]),
-            functools.reduce(_beside, states),
-        )
+        own = [torch.arange(len(part.held)) for part in parts]  # without guides
+        memories = [part.memory for part in parts]
+        states = [self.model.save(m).rows(rows) for m, rows in zip(memories, own, strict=True)]
+        logits = [self.model.logits(m)[rows] for m, rows in zip(memories, own, strict=True)]
+        held = tuple(sample for part in parts for sample in part.held)
+        return Snapshot(held, torch.cat(logits), functools.reduce(_beside, states))
 
     def _rows(self, part: _Part, samples: set[int]) -> _Part:
         if len(samples) == len(part.held):
             return part
         rows = [row for row, sample in enumerate(part.held) if sample in samples]
         held = [part.held[row] for row in rows]
-        return _Part(held, self.model.rows(part.memory, rows), part.seen[rows])
+        every = [row + i for i in range(0, part.memory.batch, len(part.held)) for row in rows]
+        return _Part(held, self.model.rows(part.memory, every), part.seen[rows])
 
     def _drawn(self, parts: list[_Part], size: int) -> list[list[Drawn]]:
         """The next ``size`` steps of all samples, the last first."""
 
         def draw_part(part: _Part) -> list[list[Drawn]]:
             uniforms = np.array([[self._streams[i].next() for _ in range(size)] for i in part.held])
-            tokens, bits = self.model.generate(part.memory, uniforms, self.config, part.seen)
+            tokens, bits = self.model.generate(
+                part.memory, uniforms, self.config, part.seen, self.guidance
+            )
             if not np.isfinite(bits).all():
                 raise NotFiniteError(self.model.model)
             steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
@@ -266,12 +270,14 @@ class CompiledGeneration:
     def _trial(self, parts: list[_Part]) -> float:
         """Seconds that some steps take, on copies."""
         steps = max(2, TRIAL // len(self.active))
-        copies = [_Part(p.held, self.model.rows(p.memory, list(range(len(p.held)))), p.seen.copy())
-                  for p in parts]  # fmt: skip
+        copies = [
+            _Part(p.held, self.model.rows(p.memory, list(range(p.memory.batch))), p.seen.copy())
+            for p in parts
+        ]
 
         def draw_part(part: _Part) -> None:
             uniforms = np.full((len(part.held), steps), 0.5)
-            self.model.generate(part.memory, uniforms, self.config, part.seen)
+            self.model.generate(part.memory, uniforms, self.config, part.seen, self.guidance)
 
         started = time.perf_counter()
         in_threads(draw_part, copies)
@@ -297,14 +303,14 @@ def begin(
     guidance: float = 1.0,
     snapshots: bool = False,
 ) -> Generation | CompiledGeneration:
-    """Samples that go on from ``start``, by the loop that fits the model. Guidance is eager."""
-    if isinstance(model, CompiledModel) and guide is None:
+    """Samples that go on from ``start``, by the loop that fits the model."""
+    if isinstance(model, CompiledModel):
         return CompiledGeneration(
-            model, start, config, seed=seed, indices=indices, snapshots=snapshots
-        )
-    eager = model.model if isinstance(model, CompiledModel) else model
+            model, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance,
+            snapshots=snapshots,
+        )  # fmt: skip
     return Generation(
-        eager, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance
+        model, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance
     )
 
 
@@ -322,6 +328,13 @@ def read(
             every, state = model.prefill(tokens[None, i : i + PIECE], state)
             logits = every[:, -1]
     return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
+
+
+def _streams_of(start: Reading, guide: Reading | None) -> tuple[Tensor, State]:
+    """Logits and state of a sequence and, as a second row, of the one that guides it."""
+    if guide is None:
+        return start.logits, start.state
+    return torch.cat([start.logits, guide.logits]), _beside(start.state, guide.state)
 
 
 def _beside(first: State, second: State) -> State:

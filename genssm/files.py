@@ -199,7 +199,7 @@ class Output:
             "seconds": round(sample.seconds, 4),
             "tokens_per_second": round(sample.tokens_per_second, 1),
             "bits": round(sample.bits, 4),
-            "engine": self.pipe.engine_of(sample.plan),
+            "engine": self.pipe.engine_name,
             "token_bits": [round(bits, 4) for bits in sample.token_bits],
             "recipe": None if made is None else made.to_json(),
         }

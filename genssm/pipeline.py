@@ -271,14 +271,15 @@ class Pipeline:
         """What draws samples; see ``stepper.choose``."""
         return choose(self.recurrent, self.engine, self.weights)
 
-    def weights_of(self, plan: Plan) -> str:
-        """The weights that the samples of a plan are stepped with; they may change the samples."""
-        compiled = isinstance(self.stepper, CompiledModel) and plan.guidance == 1
-        return self.weights if compiled else EXACT
+    @property
+    def stepped_weights(self) -> str:
+        """The weights that samples are stepped with; they may change the samples."""
+        return self.weights if isinstance(self.stepper, CompiledModel) else EXACT
 
-    def engine_of(self, plan: Plan) -> str:
-        """What draws the samples of a plan: guidance has no compiled loop."""
-        return describe(self.stepper if plan.guidance == 1 else self.recurrent)
+    @property
+    def engine_name(self) -> str:
+        """What draws samples: "eager", "cpu bf16", …"""
+        return describe(self.stepper)
 
     @property
     def modality(self) -> str:
@@ -416,8 +417,7 @@ class Pipeline:
                 return None
             plan = replace(plan, max_tokens=longest)
         plan = replace(plan, indices=tuple(s.index for s in samples))
-        weights = self.weights_of(plan)
-        return Recipe(self.name, self.content_hash, self.rate, weights, prompt, plan)
+        return Recipe(self.name, self.content_hash, self.rate, self.stepped_weights, prompt, plan)
 
     def at_recipe(self, recipe: Recipe) -> Pipeline:
         """This model at the rate and with the weights of a recipe, whose plan then is one for it.
@@ -432,11 +432,11 @@ class Pipeline:
         try:
             pipe = self.at_rate(recipe.rate)
             pipe._check(recipe.plan)
-            if recipe.weights != pipe.weights_of(recipe.plan):
+            if recipe.weights != pipe.stepped_weights:
                 pipe = pipe._with(weights=recipe.weights)
         except ValueError as error:
             raise RecipeError(f"the recipe is damaged: {error}") from error
-        if recipe.weights != pipe.weights_of(recipe.plan):
+        if recipe.weights != pipe.stepped_weights:
             raise RecipeError(
                 f"the recipe needs the compiled engine with {recipe.weights} weights, which is not "
                 "to be had here; install numba"

@@ -611,7 +611,7 @@ def embed(tokens, t, history, kept, position, work, target, width, constants, ta
     for row in range(history.shape[0]):
         for k in range(kept + 1, history.shape[1]):
             history[row, k - 1] = history[row, k]
-        token = tokens[row, t]
+        token = tokens[row % len(tokens), t]
         history[row, -1] = token
         if kept and position == 0:
             history[row, 0] = token
@@ -792,7 +792,7 @@ def pick(weights, size, uniform):
 
 @njit(**_OPTIONS)
 def penalize(logits, first, size, width, penalty, seen, penalized):
-    """sampling.penalize: seen tokens become less likely."""
+    """sampling.penalize: seen tokens become less likely. May be done in place."""
     for i in range(width):
         x = logits[first + i]
         if i < size and seen[i]:
@@ -801,25 +801,43 @@ def penalize(logits, first, size, width, penalty, seen, penalized):
 
 
 @njit(**_OPTIONS)
-def draw(logits, first, size, width, settings, seen, uniform, weights, keys, penalized, histogram):
+def guide(logits, own, other, width, guidance, guided):
+    """other + guidance · (own - other), from the end that is nearer, as torch.lerp."""
+    near, far = splat(f32(guidance)), splat(f32(1.0) - f32(guidance))
+    for i in range(0, width, LANES):
+        a, b = load(logits, own + i), load(logits, other + i)
+        if abs(guidance) < 0.5:
+            store(guided, i, fma(near, sub(a, b), b))
+        else:
+            store(guided, i, fma(far, sub(b, a), a))
+
+
+@njit(**_OPTIONS)
+def draw(
+    logits, first, other, size, width, settings, seen, uniform, weights, keys, changed, histogram
+):  # fmt: skip
     """One token and its bits, -log2 of its probability under the model itself.
 
-    ``settings``: repetition penalty, temperature, top_k, top_p, min_p.
+    ``settings``: repetition penalty, temperature, top_k, top_p, min_p, guidance. ``other``: where
+    the logits without the class begin; ``first`` if there are none.
     """
     most = weigh(logits, first, width, 1.0, weights)
     whole = _summed(weights, size)
     penalty, temperature = f32(settings[0]), settings[1]
     source, place = logits, first
+    if other != first:
+        guide(logits, first, other, width, settings[5], changed)
+        source, place = changed, 0
     if penalty != 1:
-        source, place = penalized, 0
-        penalize(logits, first, size, width, penalty, seen, penalized)
+        penalize(source, place, size, width, penalty, seen, changed)
+        source, place = changed, 0
     token = 0
     if temperature == 0:
         for i in range(size):
             if source[place + i] > source[place + token]:
                 token = i
     else:
-        if penalty != 1 or temperature != 1:
+        if penalty != 1 or other != first or temperature != 1:
             weigh(source, place, width, 1.0 / temperature, weights)
         if 0 < settings[2] < size:
             keep_top_k(weights, keys, size, settings[2], histogram)
@@ -838,22 +856,24 @@ def draw(logits, first, size, width, settings, seen, uniform, weights, keys, pen
 def run(
     program, wide, kind, matrices, constants, taps, work, history, position,
     logits, size, width, tokens, bits, given, uniforms, settings, seen,
-    weights, keys, penalized, histogram, scratch,
+    weights, keys, changed, histogram, scratch,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
-    tokens, bits, uniforms (B, n); history (B, [1 +] reach + 1) int64; seen (B, size) bool;
-    ``logits`` is a region of ``work`` with rows of ``width``. The other arrays are room for
-    intermediate results.
+    tokens, bits, uniforms (B, n); seen (B, size) bool; history (B or 2 B, [1 +] reach + 1) int64:
+    2 B rows are two streams of the same tokens, of which the second guides. ``logits`` is a region
+    of ``work`` with rows of ``width``. The other arrays are room for intermediate results.
     """
     before = flush_denormals()
     batch = history.shape[0]
+    samples = len(tokens)
     for t in range(tokens.shape[1]):
         if t >= given:
-            for b in range(batch):
+            for b in range(samples):
+                own = logits * batch + b * width
                 token, cost = draw(
-                    work, logits * batch + b * width, size, width, settings, seen[b],
-                    uniforms[b, t], weights, keys, penalized, histogram,
+                    work, own, own + (batch - samples) * width, size, width, settings, seen[b],
+                    uniforms[b, t], weights, keys, changed, histogram,
                 )  # fmt: skip
                 tokens[b, t] = token
                 bits[b, t] = cost

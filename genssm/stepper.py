@@ -542,14 +542,21 @@ class CompiledModel:
         return self.logits(memory)
 
     def generate(
-        self, memory: Memory, uniforms: Array, config: SamplingConfig, seen: Array
+        self,
+        memory: Memory,
+        uniforms: Array,
+        config: SamplingConfig,
+        seen: Array,
+        guidance: float = 1.0,
     ) -> tuple[Array, Array]:
-        """Draw and read n tokens a row: uniforms (B, n) → tokens (B, n) and their bits (B, n).
+        """Draw and read n tokens a sample: uniforms (B, n) → tokens (B, n) and their bits (B, n).
 
         ``seen (B, V)`` bool marks what the repetition penalty holds down; drawn tokens join it.
+        A memory of 2 B rows holds two streams of the samples: logits are drawn from
+        second + guidance·(first - second), and both read what was drawn.
         """
         tokens = np.zeros(uniforms.shape, np.int64)
-        bits = self._run(memory, tokens, 0, uniforms, config, seen)
+        bits = self._run(memory, tokens, 0, uniforms, config, seen, guidance)
         return tokens, bits
 
     def _check(self, tokens: Array) -> None:
@@ -561,12 +568,12 @@ class CompiledModel:
 
     def _run(
         self, memory: Memory, tokens: Array, given: int, uniforms: Array, config: SamplingConfig,
-        seen: Array,
+        seen: Array, guidance: float = 1.0,
     ) -> Array:  # fmt: skip
         """``simd.run``; returns the bits of the drawn tokens."""
         settings = np.array(
             [config.repetition_penalty, config.temperature, config.top_k, config.top_p,
-             config.min_p], np.float64
+             config.min_p, guidance], np.float64
         )  # fmt: skip
         bits = np.zeros(tokens.shape)
         weights = zeros(self._width, np.float32)

@@ -147,6 +147,33 @@ def test_draws_equal_the_eager_ones(make_model: MakeModel, config: SamplingConfi
         assert bits == pytest.approx([d.bits for d in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [-0.5, 0.0, 0.3, 1.7, 4.0])
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_guided_draws_equal_the_eager_ones(
+    make_model: MakeModel, kind: str, guidance: float
+) -> None:
+    """Two streams in one batch, through every phase of the pools, with filters and penalty."""
+    model = to_recurrent(make_model(kind))
+    config = SamplingConfig(repetition_penalty=1.2, temperature=0.9, top_p=0.95)
+    any_start = model.config.vocab_size - 2
+    streams = [read(model, torch.tensor([first, 3, 1, 4])) for first in (any_start + 1, any_start)]
+    assert not torch.equal(streams[0].logits, streams[1].logits)
+
+    def guided(stepper: RecurrentModel | CompiledModel) -> list[list[Drawn]]:
+        generation = begin(
+            stepper, streams[0], config, seed=7, indices=range(3), guide=streams[1],
+            guidance=guidance,
+        )  # fmt: skip
+        assert isinstance(generation, CompiledGeneration) == isinstance(stepper, CompiledModel)
+        return drawn(generation, 30)
+
+    eager, compiled = guided(model), guided(CompiledModel(model, "fp32"))
+    assert tokens_of(compiled) == tokens_of(eager)
+    for sample, expected in zip(compiled, eager, strict=True):
+        bits = [d.bits for d in sample]
+        assert bits == pytest.approx([d.bits for d in expected], abs=1e-3)
+
+
 def test_filters_equal_the_eager_ones_on_a_large_vocabulary(make_model: MakeModel) -> None:
     """Thousands of tokens, many of them equally likely."""
     model = to_recurrent(make_model("isotropic", vocab_size=3000, n_outputs=2999))
@@ -185,9 +212,14 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
     assert scipy.stats.chisquare(counts[p > 0], p[p > 0] * len(tokens)).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_samples_do_not_depend_on_their_company(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, threads: int
+    make_model: MakeModel,
+    assert_near: AssertNear,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    guidance: float,
 ) -> None:
     """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -196,11 +228,13 @@ def test_samples_do_not_depend_on_their_company(
         monkeypatch.setattr(CompiledGeneration, "_trial", lambda _, parts: 1 / len(parts) ** 2)
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     config = SamplingConfig(repetition_penalty=1.3)
+    guide = read(compiled, torch.tensor([21, 3, 1, 4])) if guidance != 1 else None
 
     def sampled(first: int, last: int) -> CompiledGeneration:
         return CompiledGeneration(
-            compiled, read(compiled, PROMPT), config, seed=1, indices=range(first, last)
-        )
+            compiled, read(compiled, PROMPT), config, seed=1, indices=range(first, last),
+            guide=guide, guidance=guidance, snapshots=True,
+        )  # fmt: skip
 
     together = drawn(sampled(0, 5), 50)
     assert len(set(map(tuple, tokens_of(together)))) == 5
@@ -213,6 +247,11 @@ def test_samples_do_not_depend_on_their_company(
     rest = drawn(generation, 41)
     assert generation.active == [0, 2, 4]
     assert [first[i] + after for i, after in zip((0, 2, 4), rest, strict=True)] == together[::2]
+    snapshot = generation.snapshot()
+    assert snapshot.samples == (0, 2, 4)
+    begun = [*PROMPT.tolist(), *(d.token for d in together[2])]
+    expected = read(compiled, torch.tensor(begun[: int(snapshot.state.position)]))
+    assert_near(snapshot.reading(2, torch.tensor(begun)).logits, expected.logits, 5e-2)
     generation.finish({0, 2, 4})
     assert generation.step() == []
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from genssm.engine import Reading
     from genssm.files import Output
     from genssm.pipeline import Pipeline, Sample, Session
-    from genssm.request import Plan
+    from genssm.request import Plan, Request
 
 P = ParamSpec("P")
 
@@ -157,7 +157,14 @@ def sample(
         typer.Option(help="Over 1 stresses the class: any + w (class - any), in logits."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many for each sample, keep the likeliest.")
+        int | None, typer.Option(min=1, help="Draw so many for each sample, keep the best.")
+    ] = None,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="With --rank, the best is of the fewest bits per token (bits) or the most surely "
+            "of its class (class)."
+        ),
     ] = None,
     trim: Annotated[
         float | None, typer.Option(help="With --rank, pass over this part of the likeliest.")
@@ -184,7 +191,6 @@ def sample(
     """Sample text, pictures or sound; the model decides which."""
     from genssm import files
     from genssm.checkpoint import CheckpointError
-    from genssm.pipeline import best
 
     try:
         job = _repeated(context) if like else _requested(context)
@@ -193,7 +199,7 @@ def sample(
             if len(plan.indices) > 1:
                 raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
             files.check_target(save_state, force)
-        output = files.Output(pipe, out, len(plan.indices) // job.rank, force, job.prompt)
+        output = files.Output(pipe, out, len(plan.indices) // job.request.rank, force, job.prompt)
         sessions = pipe.batches(plan, job.state)
     except CheckpointError:
         raise
@@ -208,7 +214,7 @@ def sample(
     if pipe.engine_name != "eager":
         waiting.start()
     drawn, interrupted = _draw(sessions, live, waiting.cancel)
-    samples = best([s for session in drawn for s in session.samples()], job.rank, job.trim)
+    samples = pipe.best([s for session in drawn for s in session.samples()], job.request)
     _deliver(samples, output, as_json, live)
     if save_state is not None and drawn:
         pipe.save_state(drawn[0].reading(), save_state)
@@ -226,8 +232,7 @@ class _Job:
     plan: Plan
     state: Reading | None
     prompt: str | None  # as it was given
-    rank: int = 1
-    trim: float = 0.0
+    request: Request
 
 
 def _requested(context: typer.Context) -> _Job:
@@ -246,13 +251,14 @@ def _requested(context: typer.Context) -> _Job:
     state = None if options["state"] is None else pipe.load_state(options["state"])
     prompt = files.read_prompt(pipe.codec, options["prompt"], sys.stdin)
     plan = pipe.plan(prompt, request, state)
-    return _Job(pipe, plan, state, options["prompt"], request.rank, request.trim)
+    return _Job(pipe, plan, state, options["prompt"], request)
 
 
 def _repeated(context: typer.Context) -> _Job:
     """``--like``: the recipe decides all; ``--model`` and ``--state`` may say where things are."""
     from genssm import files, pipeline
     from genssm.checkpoint import local_folder
+    from genssm.request import Request
 
     options = context.params
     allowed = {"like", "model", "state", "save_state", "out", "force", "as_json", "quiet"}
@@ -267,7 +273,7 @@ def _repeated(context: typer.Context) -> _Job:
         raise UsageError(f"the file was made by the model {model!r:.200}; give it with --model")
     pipe = pipeline.load(model).at_recipe(recipe)
     state = None if options["state"] is None else pipe.load_state(options["state"])
-    return _Job(pipe, recipe.plan, state, recipe.prompt)
+    return _Job(pipe, recipe.plan, state, recipe.prompt, Request())
 
 
 def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:

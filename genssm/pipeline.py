@@ -28,6 +28,7 @@ from genssm.sampling import new_seed
 from genssm.stepper import EXACT, WEIGHTS, CompiledModel, choose, describe
 
 LARGEST_BATCH = 64  # samples stepped side by side
+TOGETHER = 16_384  # tokens convolved at once to classify: more do not fit the caches
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,20 @@ class Pipeline:
             state=None if state is None else states.fingerprint(state),
         )
         self._check(plan)
+        if request.rank_by == "class":
+            self._class_of(plan)
         return plan
+
+    def _class_of(self, plan: Plan) -> int:
+        """The index among ``codec.classes`` of the class that a plan asks for, alone or a part."""
+        codec = self.codec
+        i = plan.tokens[0] - codec.start(codec.labels[0]) if codec.labels else -1
+        if i < 0:
+            raise ValueError("to rank by class needs a class: give its name as prompt or label")
+        label = codec.labels[i]
+        while (broader := codec.broader(label)) is not None:
+            label = broader
+        return codec.classes.index(label)
 
     def _check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan is one for this model."""
@@ -495,7 +509,7 @@ class Pipeline:
         request = Request(**settings)  # type: ignore[arg-type]
         plan = self.plan(prompt, request, state)
         samples = [sample for session in self.batches(plan, state) for sample in session.run()]
-        return best(samples, request.rank, request.trim)
+        return self.best(samples, request)
 
     def stream(
         self, prompt: Raw = None, *, state: Reading | None = None, **settings: Unpack[Settings]
@@ -519,34 +533,52 @@ class Pipeline:
     def classify(self, raw: Raw) -> dict[str, float]:
         """The probability of each class given ``raw``, by likelihood, classes equally likely.
 
-        All classes are scored in one batch. Raises ValueError for a model without classes.
+        Raises ValueError for a model without classes.
         """
-        labels = self.codec.classes
-        if not labels:
+        if not self.codec.classes:
             raise ValueError("to classify needs a model with classes; this one has none")
-        tokens = torch.stack([self.codec.encode(raw, label) for label in labels])
-        bits = token_bits(self.model, tokens, self.rate).double().sum(1)
+        bits = self._class_bits(self.codec.encode(raw)[1:])
         p = torch.softmax(-bits * math.log(2), 0)
-        return dict(zip(labels, p.tolist(), strict=True))
+        return dict(zip(self.codec.classes, p.tolist(), strict=True))
+
+    def _class_bits(self, tokens: Tensor) -> Tensor:
+        """Exact bits of tokens (L,) behind the start token of each class, (classes,) float64."""
+        starts = torch.tensor([self.codec.start(label) for label in self.codec.classes])
+        rows = torch.cat([starts[:, None], tokens.expand(len(starts), -1)], 1)
+        together = max(1, TOGETHER // rows.shape[1])
+        parts = [token_bits(self.model, part, self.rate) for part in rows.split(together)]
+        return torch.cat(parts).double().sum(1)
+
+    def best(self, samples: Sequence[Sample], request: Request) -> list[Sample]:
+        """Of every ``request.rank`` samples in a row, by index, the best by ``request.rank_by``.
+
+        "bits": the fewest bits per token, after passing over the part ``request.trim`` of the
+        likeliest, which are often empty of content, as SaShiMi does (arXiv 2202.09729). "class":
+        the highest probability, given the whole sample, of the class that was asked for; of a label
+        within a class, of that class.
+        """
+        if request.rank == 1:
+            return list(samples)
+        kept = []
+        for _, group in groupby(samples, lambda sample: sample.index // request.rank):
+            if request.rank_by == "class":
+                kept.append(max(group, key=self._class_odds))
+            else:
+                ordered = sorted(group, key=lambda sample: sample.bits_per_token)
+                kept.append(ordered[int(request.trim * len(ordered))])
+        return kept
+
+    def _class_odds(self, sample: Sample) -> float:
+        """log p / (1 - p), p the probability of the sample's class given all of its tokens."""
+        own = self._class_of(sample.plan)
+        tokens = torch.tensor([*sample.plan.tokens[1:], *sample.tokens], dtype=torch.int64)
+        nats = self._class_bits(tokens) * -math.log(2)
+        others = torch.cat([nats[:own], nats[own + 1 :]])
+        return float(nats[own] - others.logsumexp(0))
 
     def evaluate(self, examples: Iterable[Example], limit: int | None = None) -> Evaluation:
         """Bits per byte, dimension or sample over ``examples``."""
         return evaluate(self.model, self.codec, examples, limit, self.rate)
-
-
-def best(samples: Sequence[Sample], rank: int, trim: float = 0.0) -> list[Sample]:
-    """Of every ``rank`` samples in a row, by index, the one of fewest bits per token.
-
-    ``trim``: first pass over this part of the likeliest, which are often empty of content, as
-    SaShiMi does (arXiv 2202.09729).
-    """
-    if rank == 1:
-        return list(samples)
-    kept = []
-    for _, group in groupby(samples, lambda sample: sample.index // rank):
-        ordered = sorted(group, key=lambda sample: sample.bits_per_token)
-        kept.append(ordered[int(trim * len(ordered))])
-    return kept
 
 
 def _at_rate(codec: Codec, rate: float) -> Audio:

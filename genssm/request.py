@@ -15,6 +15,7 @@ DEFAULTS = {
     "audio": SamplingConfig(temperature=0.95),
 }
 MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
+CRITERIA = ("bits", "class")  # by which ranking chooses
 
 
 class Settings(TypedDict, total=False):
@@ -34,6 +35,7 @@ class Settings(TypedDict, total=False):
     seed: int | None
     guidance: float
     rank: int
+    rank_by: str
     trim: float
 
 
@@ -54,8 +56,9 @@ class Request:
     stop: tuple[str, ...] = ()  # strings before which a text ends
     seed: int | None = None  # a fresh one
     guidance: float = 1.0  # logits are any + guidance·(class - any); 1 is the model itself
-    rank: int = 1  # draw so many for each sample, keep the one of fewest bits per token
-    trim: float = 0.0  # of those, pass over this part of the likeliest (silence, say)
+    rank: int = 1  # draw so many for each sample and keep the best of them
+    rank_by: str = "bits"  # best: fewest bits per token, or "class": most surely of its class
+    trim: float = 0.0  # by bits, pass over this part of the likeliest (silence, say)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,6 +79,12 @@ class Request:
             raise ValueError(f"trim must lie in 0 … 1 (1 excluded), got {self.trim}")
         if self.trim > 0 and self.rank == 1:
             raise ValueError("trim passes over some of those that rank draws; set rank, too")
+        if self.rank_by not in CRITERIA:
+            raise ValueError(f"rank_by must be one of {', '.join(CRITERIA)}; got {self.rank_by!r}")
+        if self.rank_by == "class" and self.rank == 1:
+            raise ValueError("rank_by chooses among those that rank draws; set rank, too")
+        if self.rank_by == "class" and self.trim > 0:
+            raise ValueError("trim passes over the likeliest; it goes with rank_by bits")
         if self.count * self.rank > MOST_SAMPLES:
             raise ValueError(
                 f"count × rank must be at most {MOST_SAMPLES}, got {self.count} × {self.rank}"

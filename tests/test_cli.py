@@ -181,8 +181,10 @@ def test_a_state_file_is_continued(run, folders, tmp_path) -> None:
     assert json.loads(again.stdout)["text"] == lines[0]["text"]
 
 
-def test_a_picture_is_repeated(run, folders, tmp_path) -> None:
-    made = ("-p", "dog", "-n", 3, "--guidance", 1.5, "--rank", 2, "-o", "a.png")
+@pytest.mark.parametrize("criterion", ["bits", "class"])
+def test_a_picture_is_repeated(run, folders, tmp_path, criterion: str) -> None:
+    ranked = ("--rank", 2, "--rank-by", criterion)
+    made = ("-p", "dog", "-n", 3, "--guidance", 1.5, *ranked, "-o", "a.png")
     assert run("sample", "-m", folders["image"], *made).exit_code == 0
     assert run("sample", "--like", "a.png", "-o", "b.png").stdout == "b.png\n"
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()

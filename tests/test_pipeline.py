@@ -12,12 +12,13 @@ import torch
 import genssm
 from genssm import pipeline
 from genssm.checkpoint import Checkpoint, save
-from genssm.codec import Codec
+from genssm.codec import Audio, Codec
 from genssm.data import Example
 from genssm.engine import read
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
 from genssm.recipe import parse
+from genssm.request import Request
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 MODALITIES = ("text", "image", "audio")
@@ -227,6 +228,53 @@ def test_rank_keeps_the_fewest_bits_per_token(pipes: dict[str, Pipeline]) -> Non
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
+def test_rank_by_class_keeps_the_surest(pipes: dict[str, Pipeline], modality: str) -> None:
+    pipe = pipes[modality]
+    label = pipe.codec.labels[1]
+    drawn = pipe.sample(label, count=6, max_tokens=20, seed=5)
+    ranked = pipe.sample(label, count=2, rank=3, rank_by="class", max_tokens=20, seed=5)
+    by_bits = pipe.sample(label, count=2, rank=3, max_tokens=20, seed=5)
+    assert tokens_of(ranked) != tokens_of(by_bits)
+    for kept, group in zip(ranked, (drawn[:3], drawn[3:]), strict=True):
+        odds = []
+        for sample in group:
+            nats = []
+            for name in pipe.codec.classes:
+                tokens = torch.tensor([[pipe.codec.start(name), *sample.tokens]])
+                nats.append(float(pipe.model.log_prob(tokens).detach().double().sum()))
+            odds.append(nats[1] - nats[0])
+        assert kept.tokens == group[int(np.argmax(odds))].tokens
+    recipe = pipe.recipe(ranked)
+    assert recipe is not None
+    assert tokens_of(pipe.repeat(parse(json.dumps(recipe.to_json())))) == tokens_of(ranked)
+
+
+def test_a_label_within_a_class_is_ranked_by_its_class(
+    make_model: Callable[..., SequenceModel],
+) -> None:
+    codec = Audio(8000, labels=("1", "2", "2_low", "2_low_hum"))
+    settings = {"vocab_size": codec.vocab_size, "n_outputs": codec.n_outputs}
+    pipe = Pipeline("sound", Checkpoint(make_model("pooled", **settings), codec))
+    for label in ("2", "2_low", "2_low_hum"):
+        plan = pipe.plan(label, Request(rank=2, rank_by="class"))
+        assert codec.classes[pipe._class_of(plan)] == "2"
+        drawn = pipe.sample(label, count=5, max_tokens=20, seed=1)
+        surest = max(drawn, key=lambda sample: _odds_of_two(pipe, sample.tokens))
+        ranked = pipe.sample(label, rank=5, rank_by="class", max_tokens=20, seed=1)
+        assert tokens_of(ranked) == [surest.tokens]
+
+
+def _odds_of_two(pipe: Pipeline, tokens: list[int]) -> float:
+    one, two = (
+        float(
+            pipe.model.log_prob(torch.tensor([[pipe.codec.start(label), *tokens]])).detach().sum()
+        )
+        for label in ("1", "2")
+    )
+    return two - one
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
 def test_class_probabilities_agree_with_separate_scores(
     pipes: dict[str, Pipeline], modality: str
 ) -> None:
@@ -399,6 +447,11 @@ def test_a_recipe_of_another_checkpoint_is_refused(pipes: dict[str, Pipeline]) -
         ("image", {"guidance": 2.0}, "guidance needs a class"),
         ("image", {"prompt": "cat", "guidance": np.nan}, "guidance must lie in"),
         ("image", {"rank": 0}, "rank must be at least 1"),
+        ("image", {"rank": 2, "rank_by": "size"}, "rank_by must be one of bits, class; got 'size'"),
+        ("image", {"prompt": "cat", "rank_by": "class"}, "set rank, too"),
+        ("image", {"rank": 2, "rank_by": "class"}, "to rank by class needs a class"),
+        ("text", {"rank": 2, "rank_by": "class"}, "to rank by class needs a class"),
+        ("image", {"prompt": "cat", "rank": 2, "rank_by": "class", "trim": 0.5}, "trim passes"),
         ("image", {"trim": 1.0}, "trim must lie in"),
     ],
 )

@@ -6,6 +6,7 @@ reads a signal of half that rate with ``rate=2``, and of twice that rate with ``
 Sources: LSSL (arXiv 2110.13985), S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
 """
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from genssm.recurrence import (
     RecurrentStateSpace,
     dense_transition,
     from_row,
+    to_column,
     to_row,
 )
 from genssm.settings import check_type
@@ -89,8 +91,8 @@ class TrainedLayer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def to_recurrent(self, rate: float = 1.0) -> Recurrence:
-        """The same map as an exact recurrence; constants made in float64 and rounded once."""
+    def _recurrence(self, rate: float) -> Recurrence:
+        """The same map as a recurrence; constants made in float64 and rounded once."""
 
     @abstractmethod
     def to_continuous(self, rate: float = 1.0) -> System:
@@ -133,6 +135,18 @@ class TrainedLayer(nn.Module, ABC):
     def _kept_length(self, length: int) -> int:
         """The length of the kernel that serves sequences of ``length``."""
         return 1 << (length - 1).bit_length()
+
+    @torch.no_grad()
+    def to_recurrent(self, rate: float = 1.0) -> Recurrence:
+        """The same map as an exact recurrence, which no longer follows the layer.
+
+        Its own ``prefill`` and ``step`` take a further rate, relative to this one.
+        """
+        self._refuse_future()
+        frozen = copy.deepcopy(self).requires_grad_(False)
+        recurrence = frozen._recurrence(rate)
+        recurrence.convert = torch.no_grad()(lambda factor: frozen._recurrence(rate * factor))
+        return recurrence
 
     def _refuse_future(self) -> None:
         if self.bidirectional:
@@ -274,9 +288,7 @@ class S4D(StateSpace):
         log_a, b = self._discrete(self.Lambda(), self.dt(rate))
         return ssm.vandermonde_kernel(2 * self._output() * b[:, None], log_a, length)
 
-    @torch.no_grad()
-    def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
-        self._refuse_future()
+    def _recurrence(self, rate: float) -> RecurrentStateSpace:
         log_a, b = self._discrete(self.Lambda(torch.float64), self.dt(rate, torch.float64))
         return RecurrentStateSpace(
             log_a.exp(), b, self._output(torch.float64), self._double_D(), dtype=self.D.dtype
@@ -287,10 +299,9 @@ class S4D(StateSpace):
         self._refuse_future()
         dt = self.dt(rate, torch.float64)
         Lambda = self.Lambda(torch.float64) * dt[:, None]
-        ones = dt[:, None].expand_as(Lambda)
         return System(
             dense_transition(Lambda, None, None),
-            torch.cat([ones, 0 * ones], -1),
+            to_column(dt[:, None] * torch.ones_like(Lambda)),
             to_row(self._output(torch.float64)),
             self._double_D(),
         )
@@ -377,7 +388,7 @@ class S4(StateSpace):
         )
 
     def _transition(self, rate: float) -> Tensor:
-        """Ā on [Re x; Im x], (H, N, N) float64."""
+        """Ā on real columns, (H, N, N) float64."""
         form = self._form(rate)
         return dense_transition(form.log_a.exp(), form.p, form.q)
 
@@ -399,9 +410,7 @@ class S4(StateSpace):
         """The largest condition number of the equation that ``to_recurrent`` solves for C."""
         return float(torch.linalg.cond(self._truncation()).max()) if self.truncated else 1.0
 
-    @torch.no_grad()
-    def to_recurrent(self, rate: float = 1.0) -> RecurrentStateSpace:
-        self._refuse_future()
+    def _recurrence(self, rate: float) -> RecurrentStateSpace:
         form, C, D = self._form(rate), self._solve_output(), self._double_D()
         a = form.log_a.exp()
         return RecurrentStateSpace(a, form.b, C, D, form.p, form.q, dtype=self.D.dtype)
@@ -414,7 +423,7 @@ class S4(StateSpace):
         A = dense_transition(self.Lambda(torch.float64), P, P.conj())
         return System(
             A * dt[:, None, None],
-            torch.cat([B.real, B.imag], -1) * dt[:, None],
+            to_column(B) * dt[:, None],
             to_row(self._solve_output()),
             self._double_D(),
         )
@@ -468,9 +477,7 @@ class LSSL(TrainedLayer):
         C = self.C.unflatten(0, (self.d_model, -1))
         return C @ ssm.krylov_products(powers, B_bar, length)
 
-    @torch.no_grad()
-    def to_recurrent(self, rate: float = 1.0) -> DenseRecurrence:
-        self._refuse_future()
+    def _recurrence(self, rate: float) -> DenseRecurrence:
         A_bar, B_bar = self._discrete(rate, torch.float64)
         C = self.C.double().unflatten(0, (self.d_model, -1))
         return DenseRecurrence(A_bar, B_bar, C, self._double_D(), dtype=self.D.dtype)

@@ -128,10 +128,10 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
 
 
 def repeated_squares(A: Tensor, length: int) -> list[Tensor]:
-    """A, A², A⁴, …, A^(2^j) with 2^j >= length: all that ``krylov_products`` needs."""
+    """A, A², A⁴, …, A^(2^j) with 2^(j+1) >= length: all that ``krylov_products`` needs."""
     _check_length(length)
     powers = [A]
-    while 1 << (len(powers) - 1) < length:
+    while 1 << len(powers) < length:
         powers.append(powers[-1] @ powers[-1])
     return powers
 

@@ -250,8 +250,7 @@ def test_recurrence_is_stable_for_wild_parameters(name: str):
     layer = make(name, H=64)
     for parameter in layer.parameters():
         parameter.copy_(3 * torch.randn_like(parameter))
-    recurrent = layer.to_recurrent()
-    assert float(torch.linalg.eigvals(recurrent.advance).abs().max()) < 1  # of Ā^64
+    assert layer.to_recurrent().spectral_radius() < 1
     assert bool(layer.kernel(50).isfinite().all())
 
 
@@ -331,6 +330,51 @@ def test_both_views_at_a_rate_are_those_of_the_scaled_interval(name, rate, asser
         assert_near(scaled(u), prefilled, 1e-9)
 
 
+@pytest.mark.parametrize("rate", [0.5, 3.0])
+@torch.no_grad()
+def test_a_recurrence_reads_and_steps_at_any_rate(name: str, rate: float, assert_near: Near):
+    """As one that was converted at that rate, and as the convolution; from one of another rate."""
+    layer = make(name)
+    u = torch.randn(2, 80, 4, dtype=torch.float64)
+    expected = layer(u, rate)
+    for recurrent, factor in ((layer.to_recurrent(), rate), (layer.to_recurrent(4.0), rate / 4)):
+        x = recurrent.initial_state(2)
+        prefilled, _ = recurrent.prefill(u[:, :70], x, factor)
+        assert_near(prefilled, expected[:, :70], 1e-9)
+        for t in range(80):
+            y, x = recurrent.step(u[:, t], x, factor)
+            assert_near(y, expected[:, t], 1e-6)
+
+
+@torch.no_grad()
+def test_a_rate_is_converted_once_and_only_when_it_is_asked_for(name: str):
+    layer = make(name)
+    recurrent = layer.to_recurrent()
+    u, x = torch.randn(1, 4, dtype=torch.float64), recurrent.initial_state(1)
+    expected, _ = layer.to_recurrent(2.0).step(u, x)
+    assert not recurrent._rates
+    layer.log_dt.add_(1)  # which a converted layer does not follow, at no rate
+    y, _ = recurrent.step(u, x, 2.0)
+    torch.testing.assert_close(y, expected)
+    assert recurrent.at(2.0) is recurrent.at(2.0)
+    assert list(recurrent._rates) == [2.0]
+
+
+@torch.no_grad()
+def test_tables_are_made_when_a_prompt_is_read(name: str):
+    recurrent = make(name).to_recurrent()
+    x = recurrent.initial_state(2)
+    u = torch.randn(2, 70, 4, dtype=torch.float64)
+    recurrent.step(u[:, 0], x)
+    recurrent.prefill(u[:, :1], x)
+    recurrent.prefill(u[:, :0], x)
+    assert recurrent._tables is None
+    recurrent.prefill(u, x)
+    assert recurrent.tables() is recurrent.tables()
+    recurrent.to("cpu")  # or elsewhere
+    assert recurrent._tables is None
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_slow_signal_means_the_same_at_half_the_rate(name, assert_near):
     """A constant input drives the layer to the same output after the same time."""
@@ -341,8 +385,16 @@ def test_a_slow_signal_means_the_same_at_half_the_rate(name, assert_near):
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
 def test_a_rate_that_is_not_positive_is_refused(rate):
-    with pytest.raises(ValueError, match="the rate must be positive"):
-        build_layer("s4d", 3, 8, 40).to_recurrent(rate)
+    layer = build_layer("s4d", 3, 8, 40)
+    u, x = torch.zeros(1, 3), layer.to_recurrent().initial_state(1)
+    for use in (
+        lambda: layer.to_recurrent(rate),
+        lambda: layer(u[None], rate),
+        lambda: layer.to_recurrent().step(u, x, rate),
+        lambda: layer.to_recurrent().prefill(u[None], x, rate),
+    ):
+        with pytest.raises(ValueError, match="the rate must be positive"):
+            use()
 
 
 # Settings: whatever they are, the views agree

@@ -91,6 +91,32 @@ def test_step_and_prefill_match_convolution(
 
 @everywhere
 @torch.no_grad()
+def test_one_converted_model_reads_and_steps_at_any_rate(
+    kind: str, layer: str, make_model: MakeModel, assert_near: Near
+):
+    model = in_precision(make_model(kind, layer), torch.float64)
+    tokens = draw(model, 2, 20)
+    recurrent = to_recurrent(model)
+    logits, state = recurrent.prefill(tokens[:, :15], rate=0.5)
+    for t in range(15, 20):
+        last, state = recurrent.step(tokens[:, t], state, 0.5)
+        logits = torch.cat([logits, last[:, None]], 1)
+    assert_near(logits, model(tokens, 0.5), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 100, 192), (1, 1024, 33), (3, 5, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_without_gradients_are_those_with(
+    shape: tuple[int, int, int], bias: bool, assert_near: Near
+):
+    linear, u = Linear(shape[-1], 50, bias=bias), torch.randn(shape)
+    expected = linear(u)
+    with torch.no_grad():
+        assert_near(linear(u), expected, 1e-5)
+
+
+@everywhere
+@torch.no_grad()
 def test_steps_go_on_from_a_prompt_of_every_phase(
     kind: str, layer: str, make_model: MakeModel, assert_near: Near
 ):

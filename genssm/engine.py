@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ class NotFiniteError(ValueError):
         super().__init__(f"the model predicts values that are not finite numbers: {first}")
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One token of one sample; ``bits`` is -log2 of its probability under the model itself."""
 
     sample: int
@@ -242,7 +241,7 @@ class CompiledGeneration:
         """The next ``size`` steps of all samples, the last first."""
 
         def draw_part(part: _Part) -> list[list[Drawn]]:
-            uniforms = np.array([[self._streams[i].next() for _ in range(size)] for i in part.held])
+            uniforms = np.stack([self._streams[i].take(size) for i in part.held])
             tokens, bits = self.model.generate(
                 part.memory, uniforms, self.config, part.seen, self.guidance
             )

@@ -96,6 +96,10 @@ class RandomStream:
         """The next number on [0, 1)."""
         return float(self._generator.random())
 
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` numbers, (count,) float64."""
+        return self._generator.random(count)
+
 
 def check_seed(seed: int) -> None:
     """Raise ValueError unless the seed fits 63 bits."""

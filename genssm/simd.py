@@ -10,8 +10,10 @@ All floats that depend on the batch lie in one array ``work``: region r of a pro
 """
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
@@ -21,9 +23,10 @@ from numba.extending import models, register_model
 LANES = 16  # floats in a vector
 PANEL = 32  # outputs of a linear map that are computed together: two vectors
 
-# Weights of a linear map, by kind: bytes of one input's weights in a panel.
-FP32, BF16, INT8 = 0, 1, 2
-PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32}
+# Weights of a linear map, by kind: bytes of one input's weights in a panel. DIGITS holds those of
+# INT8 for processors that multiply bytes; see ``quantize``.
+FP32, BF16, INT8, DIGITS = 0, 1, 2, 3
+PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
 
 # Operations, and the columns of the program that hold their arguments.
 EMBED, CONDITION, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
@@ -37,7 +40,7 @@ f32 = np.float32
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_BYTES = ir.VectorType(_I8, LANES)
+_BYTES, _ALL_BYTES = ir.VectorType(_I8, LANES), ir.VectorType(_I8, 4 * LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 
 
@@ -57,6 +60,11 @@ class VectorModel(models.PrimitiveModel):
 
 
 vector = Vector()
+
+
+def multiplies_bytes() -> bool:
+    """Whether the processor sums products of bytes in words (AVX-512 VNNI)."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni"))
 
 
 # Vector operations: each intrinsic is one LLVM instruction or two.
@@ -240,11 +248,10 @@ def _weights(builder: Any, kind: int, address: Any) -> tuple[Any, Any]:
     return low, high
 
 
-def _sums(
-    builder: Any, kind: int, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
+def _loop(
+    builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Σ_i weight[panel, i] x[row, i] by panel, row and half; the loop over i, in this order."""
-    size = PANEL_BYTES[kind]
+    """``values = body(i, values)`` for i in 0 … count - 1, at least once; the last values."""
     before = builder.block
     loop = builder.append_basic_block("inputs")
     after = builder.append_basic_block("outputs")
@@ -252,31 +259,101 @@ def _sums(
     builder.position_at_end(loop)
     i = builder.phi(_I64)
     i.add_incoming(_I64(0), before)
-    sums = [builder.phi(_VECTOR) for _ in range(panels * rows * 2)]
-    places = [builder.add(builder.mul(stride, _I64(row)), i) for row in range(rows)]
-    values = [_splat(builder, builder.load(builder.gep(x, [place]))) for place in places]
-    result = []
-    for panel in range(panels):
-        skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(size))
-        offset = builder.add(skipped, builder.mul(i, _I64(size)))
-        pair = _weights(builder, kind, builder.gep(matrix, [offset]))
-        for value in values:
-            result += [_fma(builder, w, value, sums[len(result) + half])
-                       for half, w in enumerate(pair)]  # fmt: skip
-    for phi, value in zip(sums, result, strict=True):
-        phi.add_incoming(_ZERO, before)
+    values = [builder.phi(value.type) for value in start]
+    result = body(i, values)
+    for phi, first, value in zip(values, start, result, strict=True):
+        phi.add_incoming(first, before)
         phi.add_incoming(value, builder.block)
     following = builder.add(i, _I64(1))
     i.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, inputs), loop, after)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
+    return result
+
+
+def _sums(
+    builder: Any, kind: int, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
+) -> list[Any]:
+    """Σ_i weight[panel, i] x[row, i] by panel, row and half; the loop over i, in this order."""
+    size = _I64(PANEL_BYTES[kind])
+
+    def body(i: Any, sums: list[Any]) -> list[Any]:
+        places = [builder.add(builder.mul(stride, _I64(row)), i) for row in range(rows)]
+        values = [_splat(builder, builder.load(builder.gep(x, [place]))) for place in places]
+        result = []
+        for panel in range(panels):
+            skipped = builder.mul(builder.mul(inputs, _I64(panel)), size)
+            offset = builder.add(skipped, builder.mul(i, size))
+            pair = _weights(builder, kind, builder.gep(matrix, [offset]))
+            for value in values:
+                result += [_fma(builder, w, value, sums[len(result) + half])
+                           for half, w in enumerate(pair)]  # fmt: skip
+        return result
+
+    return _loop(builder, inputs, [_ZERO] * (panels * rows * 2), body)
+
+
+def _sums_of_digits(
+    builder: Any, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any,
+    offsets: Any,
+) -> list[Any]:  # fmt: skip
+    """``_sums`` of the rows that ``quantize`` makes: whole numbers, summed exactly.
+
+    Every digit of four inputs meets their weights in one instruction.
+    """
+    size = _I64(4 * PANEL_BYTES[DIGITS])
+    start = []
+    for panel in range(panels):
+        for _ in range(rows):
+            for half in range(2):
+                place = _I64(panel * PANEL + half * LANES)
+                start += [ir.Constant(_WORDS, [0] * LANES)] * 2
+                start.append(_load(builder, offsets, place, _WORDS))
+
+    def body(group: Any, sums: list[Any]) -> list[Any]:
+        digits = []
+        for row in range(rows):
+            place = builder.add(builder.mul(stride, _I64(row)), builder.mul(group, _I64(4)))
+            for digit in range(3):
+                word = builder.load(builder.gep(x, [builder.add(place, _I64(digit))]))
+                digits.append(builder.bitcast(_splat(builder, word), _ALL_BYTES))
+        result = []
+        for panel in range(panels):
+            skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(PANEL_BYTES[DIGITS]))
+            address = builder.gep(matrix, [builder.add(skipped, builder.mul(group, size))])
+            pair = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in range(2)]
+            for row in range(rows):
+                for weights in pair:
+                    result += [
+                        _call(builder, "llvm.x86.avx512.vpdpbusd.512", _WORDS,
+                              sums[len(result) + digit], digits[row * 3 + digit], weights)
+                        for digit in range(3)
+                    ]  # fmt: skip
+        return result
+
+    sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
+    result = []
+    for low, middle, high in zip(sums, sums, sums, strict=True):
+        value = builder.sitofp(low, _VECTOR)
+        for digit, weight in ((middle, 256.0), (high, 65536.0)):
+            factor = ir.Constant(_VECTOR, [weight] * LANES)
+            value = _fma(builder, builder.sitofp(digit, _VECTOR), factor, value)
+        row = len(result) // 2 % rows
+        place = builder.add(builder.mul(stride, _I64(row)), inputs)
+        unit = _splat(builder, builder.load(builder.gep(x, [place])))
+        result.append(builder.fmul(value, unit))
     return result
 
 
 def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
     """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
-    matrix, x, inputs, y, outputs, table = places
-    sums = iter(_sums(builder, kind, rows, panels, matrix, x, inputs, inputs))
+    matrix, x, stride, inputs, y, outputs, table = places
+    if kind == DIGITS:
+        offsets = builder.gep(table, [builder.mul(outputs, _I64(2))])
+        found = _sums_of_digits(builder, rows, panels, matrix, x, stride, inputs, offsets)
+    else:
+        found = _sums(builder, kind, rows, panels, matrix, x, stride, inputs)
+    sums = iter(found)
     for panel in range(panels):
         for row in range(rows):
             for half in range(2):
@@ -289,71 +366,116 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 
 
 # Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
-# sixteen, with the weights and values, fill the 32 registers of AVX-512.
+# sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums.
 TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 1))
+KINDS = (FP32, BF16, INT8, DIGITS) if multiplies_bytes() else (FP32, BF16, INT8)
 
 
 @intrinsic
 def tile(
-    typing, rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table
+    typing, rows, panels, kind, matrices, matrix, work, x, stride, inputs, y, outputs, constants,
+    table,
 ):  # fmt: skip
     """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
-    results and the biases begin; scales lie ``outputs`` behind the biases. Rows of x are
-    ``inputs`` long, rows of y ``outputs``.
+    results and the biases begin; scales lie ``outputs`` behind the biases, the start of the highest
+    digit's sums another ``outputs`` behind. Rows of x begin ``stride`` apart, of y ``outputs``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, panels, kind, matrices, matrix, work, x, inputs, y, outputs, constants, table = (
-            arguments
-        )
+        (
+            rows, panels, kind, matrices, matrix, work, x, stride, inputs, y, outputs, constants,
+            table,
+        ) = arguments  # fmt: skip
         matrix = builder.gep(_data(context, builder, signature.args[3], matrices), [matrix])
         memory = _data(context, builder, signature.args[5], work)
-        table = builder.gep(_data(context, builder, signature.args[10], constants), [table])
-        places = (
-            matrix,
-            builder.gep(memory, [x]),
-            inputs,
-            builder.gep(memory, [y]),
-            outputs,
-            table,
-        )
+        table = builder.gep(_data(context, builder, signature.args[11], constants), [table])
+        x, y = builder.gep(memory, [x]), builder.gep(memory, [y])
+        places = (matrix, x, stride, inputs, y, outputs, table)
         shape = builder.add(builder.mul(rows, _I64(8)), panels)
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
-                for chosen in PANEL_BYTES:
+                for chosen in KINDS:
+                    if chosen == DIGITS and size[0] == 8:
+                        continue
                     with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
                         _tile(builder, chosen, *size, *places)
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(n, n, n, matrices, n, work, n, n, n, n, constants, n), generate
+    return types.void(n, n, n, matrices, n, work, n, n, n, n, n, constants, n), generate
+
+
+@intrinsic
+def store_digits(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """16 whole numbers in -2^23 … 2^23 - 1 as digits to the base 256.
+
+    Of every four the lowest digits make a word, the middle ones, the highest ones plus 128, zeros.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        address = builder.gep(pointer, [arguments[1]])
+        words = builder.add(builder.fptosi(arguments[2], _WORDS), _words(1 << 23))
+        octets = builder.bitcast(words, _ALL_BYTES)
+        order = [16 * lane + 4 * i + digit
+                 for lane in range(4) for digit in range(4) for i in range(4)]  # fmt: skip
+        mask = ir.Constant(ir.VectorType(_I32, 64), order)
+        digits = builder.shuffle_vector(octets, ir.Constant(_ALL_BYTES, ir.Undefined), mask)
+        builder.store(digits, builder.bitcast(address, _ALL_BYTES.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@njit(**_OPTIONS)
+def quantize(work, source, size, target):
+    """A row as whole multiples of its unit, 2^-23 of its largest magnitude, and behind it the unit.
+
+    As exact as float32 is for the largest value. The sums of products with int8 weights have no
+    rounding at all. What is no number makes the unit none.
+    """
+    peak, invalid = splat(f32(0.0)), splat(f32(0.0))
+    for i in range(0, size, LANES):
+        x = load(work, source + i)
+        peak = larger(peak, magnitude(x))
+        invalid = fma(x, splat(f32(0.0)), invalid)
+    most = max(largest(peak), f32(1e-30))
+    inverse = splat(f32(2**23 - 2) / most)  # two less, so that rounding cannot reach 2^23
+    for i in range(0, size, LANES):
+        store_digits(work, target + i, nearest(mul(load(work, source + i), inverse)))
+    work[target + size] = most * f32(1 / (2**23 - 2)) + total(invalid)
 
 
 @njit(**_OPTIONS)
 def linear(
-    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, batch
+    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch
 ):  # fmt: skip
     """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
 
     ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8. A sum runs over the inputs
     in order whatever the tile. Four panels stay in the cache while they meet all rows.
+    ``digits``: room for ``quantize``.
     """
     size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
+    most, stride = (8 if wide else 2), inputs
+    if kind == DIGITS:
+        stride, most = inputs + PANEL, 4
+        for row in range(batch):
+            quantize(work, x + row * inputs, inputs, digits + row * stride)
+        x = digits
     end = outputs // PANEL
     for first in range(0, end, 4):
         row = 0
         while row < batch:
-            left = batch - row
-            rows, together = 1, 4 if wide else 1
-            if left >= 2:
-                rows, together = 2, 2 if wide else 1
-            if left >= 4 and wide:
-                rows, together = (8 if left >= 8 else 4), 1
+            rows = most
+            while rows > batch - row:
+                rows //= 2
+            together = max(1, 4 // rows) if wide else 1
             panel, last = first, min(first + 4, end)
             while panel < last:
                 panels = together if panel + together <= last else 1
-                tile(rows, panels, kind, matrices, matrix + panel * size, work, x + row * inputs,
-                     inputs, y + row * outputs + panel * PANEL, outputs, constants,
+                tile(rows, panels, kind, matrices, matrix + panel * size, work, x + row * stride,
+                     stride, inputs, y + row * outputs + panel * PANEL, outputs, constants,
                      table + panel * PANEL)  # fmt: skip
                 panel += panels
             row += rows
@@ -655,7 +777,8 @@ def enter_pool(work, x, width, group, queue, stride, phase, batch):
 
 @njit(**_OPTIONS)
 def advance(  # noqa: PLR0912
-    program, wide, kind, matrices, constants, taps, work, history, tokens, t, position, scratch
+    program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t, position,
+    scratch,
 ):  # fmt: skip
     """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``."""
     batch = history.shape[0]
@@ -676,7 +799,7 @@ def advance(  # noqa: PLR0912
         elif code == LINEAR:  # size: inputs; a phase has ``extra`` bytes and ``more`` constants
             phase = position % last
             linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
-                   constants, table + phase * more, batch)  # fmt: skip
+                   constants, table + phase * more, digits * batch, batch)  # fmt: skip
         elif code == POSITION:  # size, extra, more: rows, columns, channels
             add_position(position, size, extra, more, work, y, width, constants, table, batch)
         elif code == NORM:  # size: features that are no padding
@@ -854,7 +977,7 @@ def draw(
 
 @njit(**_OPTIONS)
 def run(
-    program, wide, kind, matrices, constants, taps, work, history, position,
+    program, wide, kind, matrices, constants, taps, work, digits, history, position,
     logits, size, width, tokens, bits, given, uniforms, settings, seen,
     weights, keys, changed, histogram, scratch,
 ):  # fmt: skip
@@ -862,7 +985,8 @@ def run(
 
     tokens, bits, uniforms (B, n); seen (B, size) bool; history (B or 2 B, [1 +] reach + 1) int64:
     2 B rows are two streams of the same tokens, of which the second guides. ``logits`` is a region
-    of ``work`` with rows of ``width``. The other arrays are room for intermediate results.
+    of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The other arrays are room
+    for intermediate results.
     """
     before = flush_denormals()
     batch = history.shape[0]
@@ -878,7 +1002,7 @@ def run(
                 tokens[b, t] = token
                 bits[b, t] = cost
         advance(
-            program, wide, kind, matrices, constants, taps, work, history, tokens, t,
+            program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t,
             position + t, scratch,
         )  # fmt: skip
     restore_denormals(before)

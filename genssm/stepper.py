@@ -87,6 +87,14 @@ def load_kernels() -> ModuleType:
     return simd
 
 
+class Room:
+    """Room for the intermediate results of a draw."""
+
+    def __init__(self, width: int) -> None:
+        self.weights, self.changed = zeros(width, np.float32), zeros(width, np.float32)
+        self.histogram, self.scratch = zeros(4096, np.float64), zeros(64, np.float32)
+
+
 @dataclass
 class Memory:
     """All that a batch of sequences remembers, changed in place by every step."""
@@ -94,6 +102,7 @@ class Memory:
     position: int  # tokens read
     history: Array  # (B, reach + 1) int64: the last tokens, for the taps
     work: Array  # float32: states, activations and logits, in regions of B rows
+    room: Room
 
     @property
     def batch(self) -> int:
@@ -183,23 +192,29 @@ def pad_parts(weight: Array, parts: tuple[int, int]) -> Array:
     return padded.reshape(parts[0] * _padded(outputs), parts[1] * _padded(inputs))
 
 
-def pack(weight: Array, kind: str) -> tuple[Array, Array]:
-    """A matrix (O, I), O a multiple of 32 → panels of 32 outputs as bytes, and scales (O,).
+def pack(weight: Array, kind: str, digits: bool = False) -> tuple[Array, list[Array]]:
+    """A matrix (O, I), O a multiple of 32 → panels of 32 outputs as bytes, and constants (O,).
 
-    bf16: rounded to the nearest; word j holds outputs j (low half) and j + 16 of a panel.
-    int8: each row over its scale, which is its largest magnitude over 127.
+    The constants are the scales of the rows. bf16: rounded to the nearest; word j holds outputs j
+    (low half) and j + 16 of a panel. int8: each row over its scale, which is its largest magnitude
+    over 127. ``digits`` is int8 for ``simd.quantize``: four inputs of an output lie together, and
+    the second constant takes the 128 from the highest digits again.
     """
     scale = np.ones(len(weight), np.float32)
     if kind == "int8":
         largest = np.abs(weight).max(1)
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
         weight = np.rint(weight / scale[:, None]).astype(np.int8)
+    constants = [scale]
     panels = weight.reshape(-1, 32, weight.shape[1]).swapaxes(1, 2)  # (panels, I, 32)
+    if digits:
+        constants.append((-128 * weight.sum(1, dtype=np.int32)).view(np.float32))
+        panels = panels.reshape(len(panels), -1, 4, 32).swapaxes(2, 3)
     if kind == "bf16":
         rounded = torch.from_numpy(np.ascontiguousarray(panels)).bfloat16()
         bits = rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
         panels = bits[..., 16:] << 16 | bits[..., :16]
-    return np.ascontiguousarray(panels).reshape(-1).view(np.uint8), scale
+    return np.ascontiguousarray(panels).reshape(-1).view(np.uint8), constants
 
 
 @dataclass
@@ -208,12 +223,14 @@ class _Program:
 
     simd: Any
     kind: str
+    digits: bool  # int8 weights meet digits of the activations
     size: int = 0  # floats a row of the batch needs
     lines: list[list[int]] = field(default_factory=list)
     constants: list[Array] = field(default_factory=list)
     matrices: list[Array] = field(default_factory=list)
     n_constants: int = 0
     n_bytes: int = 0
+    widest: int = 0  # inputs of a linear map
     kept: list[tuple[int, int]] = field(default_factory=list)  # regions that outlast a step
 
     def reserve(self, width: int) -> int:
@@ -255,12 +272,13 @@ class _Program:
         for weight in weights:
             padded = pad_parts(weight, parts)
             width, inputs = padded.shape
-            packed, scale = pack(padded, self.kind)
+            packed, constants = pack(padded, self.kind, self.digits)
             self.matrices.append(packed)
             self.n_bytes += packed.size
             blocks = bias.reshape(parts[0], -1)
             fill = [(0, 0), (0, width // parts[0] - blocks.shape[1])]
-            self.constant(np.pad(blocks, fill, constant_values=bias_padding), scale)
+            self.constant(np.pad(blocks, fill, constant_values=bias_padding), *constants)
+            self.widest = max(self.widest, inputs)
         phases = len(weights)
         self.emit(
             self.simd.LINEAR, source, target, width, n_constants, n_bytes, inputs,
@@ -464,14 +482,14 @@ class CompiledModel:
         self.model, self.weights = model, weights
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
-        self._kind = {
-            "fp32": self._simd.FP32, "bf16": self._simd.BF16, "int8": self._simd.INT8
-        }[weights]  # fmt: skip
         self._wide = _has_wide_vectors()
-        self._build()
+        self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
 
-    def _build(self) -> None:
-        program, d_model = _Program(self._simd, self.weights), self.config.d_model
+    def _build(self, digits: bool) -> None:
+        simd = self._simd
+        kinds = {"fp32": simd.FP32, "bf16": simd.BF16, "int8": simd.INT8}
+        self._kind = simd.DIGITS if digits else kinds[self.weights]
+        program, d_model = _Program(simd, self.weights, digits), self.config.d_model
         widest = _padded(max(d_model))
         x = program.reserve(d_model[0])
         room = (
@@ -483,6 +501,7 @@ class CompiledModel:
         self._slots = _stack(program, self.model.stack, x, room, 1)
         program.norm(self.model.norm, x, room[0])
         self._logits, self._width = _head(program, self.model, room[0], prediction)
+        self._digits = program.reserve(program.widest + simd.PANEL)
         self._size, self._kept = program.size, program.kept
         self._lines = np.array(program.lines, np.int64)
         self._constants = _aligned(program.constants, np.float32)
@@ -503,7 +522,8 @@ class CompiledModel:
         batch = len(state.history)
         # One column more than in a state: the token that is being read.
         history = np.insert(state.history.numpy(), self._kept_columns, -1, axis=1)
-        memory = Memory(int(state.position), history, zeros(self._size * batch, np.float32))
+        work = zeros(self._size * batch, np.float32)
+        memory = Memory(int(state.position), history, work, Room(self._width))
         for slot, part in zip(self._slots, state.layers, strict=True):
             slot.load(memory, part)
         if logits is not None:
@@ -528,7 +548,7 @@ class CompiledModel:
     def rows(self, memory: Memory, index: list[int]) -> Memory:
         """A memory of the batch rows ``index``, to the last bit."""
         work = zeros(self._size * len(index), np.float32)
-        result = Memory(memory.position, memory.history[index], work)
+        result = Memory(memory.position, memory.history[index], work, Room(self._width))
         for offset, width in self._kept:
             region(result, offset, width)[:] = region(memory, offset, width)[index]
         return result
@@ -576,13 +596,12 @@ class CompiledModel:
              config.min_p, guidance], np.float64
         )  # fmt: skip
         bits = np.zeros(tokens.shape)
-        weights = zeros(self._width, np.float32)
+        room = memory.room
         self._simd.run(
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
-            memory.work, memory.history, memory.position, self._logits, self.config.n_outputs,
-            self._width, tokens, bits, given, uniforms, settings, seen, weights,
-            weights.view(np.int32), zeros(self._width, np.float32), zeros(4096, np.float64),
-            zeros(64, np.float32),
+            memory.work, self._digits, memory.history, memory.position, self._logits,
+            self.config.n_outputs, self._width, tokens, bits, given, uniforms, settings, seen,
+            room.weights, room.weights.view(np.int32), room.changed, room.histogram, room.scratch,
         )  # fmt: skip
         memory.position += tokens.shape[1]
         return bits

@@ -88,6 +88,8 @@ def test_streams_depend_on_seed_and_index_alone() -> None:
     assert numbers(1, 2) == numbers(1, 2)
     assert len({tuple(numbers(seed, index)) for seed in range(5) for index in range(5)}) == 25
     assert all(0 <= x < 1 for x in numbers(0, 0))
+    stream = RandomStream(1, 2)
+    assert [*stream.take(3), stream.next(), *stream.take(1)] == numbers(1, 2)
 
 
 def test_new_seeds_differ_and_are_valid() -> None:

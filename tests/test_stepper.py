@@ -26,6 +26,7 @@ from genssm.stepper import (
     check_choice,
     choose,
     describe,
+    load_kernels,
     pack,
 )
 
@@ -91,6 +92,47 @@ def test_steps_equal_the_eager_ones(
     for token in tokens:
         expected, state = model.step(token, state)
         assert_near(compiled.step(token, memory), expected, TOLERANCE[weights])
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "image"])
+def test_digits_give_what_floats_give(
+    make_model: MakeModel, assert_near: AssertNear, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 weights times float32 activations, by products of bytes and by products of floats."""
+    simd = load_kernels()
+    if not simd.multiplies_bytes():
+        pytest.skip("this processor cannot sum products of bytes (AVX-512 VNNI)")
+    model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
+    by_bytes = CompiledModel(model, "int8")
+    monkeypatch.setattr(simd, "multiplies_bytes", lambda: False)
+    by_floats = CompiledModel(model, "int8")
+    assert (by_bytes._kind, by_floats._kind) == (simd.DIGITS, simd.INT8)
+    _, state, tokens = start(model, 5)
+    memories = [compiled.load(state) for compiled in (by_bytes, by_floats)]
+    for token in tokens:
+        actual = by_bytes.step(token, memories[0])
+        assert_near(actual, by_floats.step(token, memories[1]), 2e-6)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-20, 1.0, 1e20, 3e38])
+def test_digits_keep_numbers_of_every_magnitude(magnitude: float) -> None:
+    simd = load_kernels()
+    x = np.random.default_rng(0).uniform(-1, 1, 64).astype(np.float32) * np.float32(magnitude)
+    work = np.concatenate([x, np.zeros(96, np.float32)])
+    simd.quantize(work, 0, 64, 64)
+    digits = work[64:128].view(np.uint8).reshape(16, 4, 4).astype(np.int64)  # fours, digit, number
+    whole = (digits[:, 2] - 128) * 65536 + digits[:, 1] * 256 + digits[:, 0]
+    assert (digits[:, 3] == 0).all()
+    error = np.abs(whole.reshape(-1) * float(work[128]) - x)
+    assert error.max() <= max(1e-30, np.abs(x).max()) * 2.0**-22
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_digits_of_what_is_no_number_are_none(value: float) -> None:
+    work = np.zeros(96, np.float32)
+    work[[3, 20]] = 1, value
+    load_kernels().quantize(work, 0, 32, 32)
+    assert np.isnan(work[64])
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -277,7 +319,7 @@ def test_blocks_grow_from_one_token() -> None:
 def test_packed_weights_are_those_that_were_given(kind: str) -> None:
     weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).numpy()
     weight[3] = 0
-    packed, scale = pack(weight, kind)
+    packed, (scale,) = pack(weight, kind)
     if kind == "bf16":
         words = packed.view(np.uint32).reshape(2, 5, 16)
         halves = np.concatenate([words << 16, words & 0xFFFF0000], -1).view(np.float32)
@@ -288,6 +330,18 @@ def test_packed_weights_are_those_that_were_given(kind: str) -> None:
     unpacked = halves.swapaxes(1, 2).reshape(64, 5) * scale[:, None]
     tolerance = np.abs(weight).max(1, keepdims=True) / 254 * 1.001 if kind == "int8" else 0
     assert (np.abs(unpacked - expected) <= tolerance).all()
+
+
+def test_digits_are_packed_with_four_inputs_together() -> None:
+    weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    plain, (scale,) = pack(weight, "int8")
+    packed, (same, offset) = pack(weight, "int8", digits=True)
+    whole = plain.view(np.int8).reshape(2, 8, 32)
+    fours = packed.view(np.int8).reshape(2, 2, 32, 4)
+    np.testing.assert_array_equal(fours.swapaxes(2, 3).reshape(2, 8, 32), whole)
+    np.testing.assert_array_equal(same, scale)
+    sums = whole.swapaxes(1, 2).reshape(64, 8).sum(1, dtype=np.int64)
+    np.testing.assert_array_equal(offset.view(np.int32), -128 * sums)
 
 
 def test_without_numba_the_model_steps_eagerly(

@@ -20,7 +20,8 @@ from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probab
 from genssm.stepper import CompiledModel, Memory, block_sizes
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
-TRIAL = 128  # tokens that are timed to choose the number of threads
+GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
+TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -161,8 +162,8 @@ class CompiledGeneration:
     """``Generation`` by the compiled loop: with float32 weights the same tokens from the same seed.
 
     Blocks of tokens are drawn ahead of what ``step`` hands out. Samples that finish leave at the
-    next block. Rows may be shared out to threads; no sample depends on its company, to the last
-    bit.
+    next block. Samples may be stepped in groups, whose states stay in the caches for a block, and
+    by several threads; no sample depends on its company, to the last bit.
     """
 
     def __init__(
@@ -189,14 +190,9 @@ class CompiledGeneration:
         seen[:, start.tokens[start.tokens < size].numpy()] = True
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
-        self._parts = self._shared_out(_Part(list(self.active), memory, seen))
+        self._parts, self.threads = self._shared_out(_Part(list(self.active), memory, seen))
         self._sizes = block_sizes()
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
-
-    @property
-    def threads(self) -> int:
-        """Threads among which the rows are shared out."""
-        return len(self._parts)
 
     def step(self) -> list[Drawn]:
         """Draw one token for every active sample."""
@@ -250,25 +246,39 @@ class CompiledGeneration:
             steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
             return [[Drawn(*d) for d in zip(part.held, *step, strict=True)] for step in steps]
 
-        steps = zip(*in_threads(draw_part, parts), strict=True)
+        steps = zip(*in_threads(draw_part, parts, self.threads), strict=True)
         return [[drawn for part in step for drawn in part] for step in steps][::-1]
 
-    def _shared_out(self, part: _Part) -> list[_Part]:
-        """The rows in one part, or in one a thread where a short trial is faster so.
+    def _shared_out(self, whole: _Part) -> tuple[list[_Part], int]:
+        """The samples in groups, and how many threads step these: what a short trial likes best.
 
-        At most as many threads as torch may use (OMP_NUM_THREADS).
+        At most as many threads as torch may use (OMP_NUM_THREADS), and more than one only where
+        they gain a fifth.
         """
-        threads = min(torch.get_num_threads(), len(part.held))
-        if threads == 1:
-            return [part]
-        shares = [set(map(int, rows)) for rows in np.array_split(part.held, threads)]
-        together, apart = [part], [self._rows(part, share) for share in shares]
-        self._trial(together)  # loads the compiled code
-        return apart if self._trial(apart) < 0.8 * self._trial(together) else together
+        count = len(whole.held)
+        most = min(torch.get_num_threads(), count)
+        options = {
+            (threads, min(size, -(-count // threads)))
+            for threads in (1, most)
+            for size in (GROUP, count)
+        }
+        parts = {
+            size: [self._rows(whole, set(whole.held[i : i + size])) for i in range(0, count, size)]
+            for _, size in options
+        }
+        if len(options) == 1:
+            return [whole], 1
+        self._trial([whole], 1)  # loads the compiled code
+        seconds = {
+            (threads, size): self._trial(parts[size], threads) * (1 if threads == 1 else 1.25)
+            for threads, size in sorted(options)
+        }
+        threads, size = min(seconds, key=lambda option: seconds[option])
+        return parts[size], threads
 
-    def _trial(self, parts: list[_Part]) -> float:
+    def _trial(self, parts: list[_Part], threads: int) -> float:
         """Seconds that some steps take, on copies."""
-        steps = max(2, TRIAL // len(self.active))
+        steps = max(8, TRIAL // len(self.active))
         copies = [
             _Part(p.held, self.model.rows(p.memory, list(range(p.memory.batch))), p.seen.copy())
             for p in parts
@@ -279,15 +289,15 @@ class CompiledGeneration:
             self.model.generate(part.memory, uniforms, self.config, part.seen, self.guidance)
 
         started = time.perf_counter()
-        in_threads(draw_part, copies)
+        in_threads(draw_part, copies, threads)
         return time.perf_counter() - started
 
 
-def in_threads(function: Callable[[T], R], items: list[T]) -> list[R]:
-    """``function`` of every item, each in a thread of its own."""
-    if len(items) == 1:
-        return [function(items[0])]
-    with ThreadPoolExecutor(len(items)) as pool:
+def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
+    """``function`` of every item, so many at a time."""
+    if threads == 1:
+        return list(map(function, items))
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
 
 

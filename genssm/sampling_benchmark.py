@@ -164,7 +164,7 @@ def _bandwidth(mebibytes: int, threads: int, repeats: int = 5) -> float:
     passes = max(1, 256 // mebibytes)
 
     def run() -> None:
-        in_threads(lambda part: read_all(part, passes), parts)
+        in_threads(lambda part: read_all(part, passes), parts, threads)
 
     run()
     return passes * mebibytes * MiB / min(_seconds(run) for _ in range(repeats))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import genssm
+from genssm import engine
 from genssm.conversion import to_recurrent
 from genssm.engine import CompiledGeneration, Drawn, Generation, begin, read
 from genssm.model import RecurrentModel, SequenceModel, State
@@ -266,8 +267,10 @@ def test_samples_do_not_depend_on_their_company(
     """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    if threads == 2:  # whatever the clock says, two parts are the faster
-        monkeypatch.setattr(CompiledGeneration, "_trial", lambda _, parts: 1 / len(parts) ** 2)
+    monkeypatch.setattr(engine, "GROUP", 2)  # and whatever the clock says, it is the fastest
+    monkeypatch.setattr(
+        CompiledGeneration, "_trial", lambda _, parts, threads: 1 / len(parts) / threads
+    )
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     config = SamplingConfig(repetition_penalty=1.3)
     guide = read(compiled, torch.tensor([21, 3, 1, 4])) if guidance != 1 else None
@@ -278,7 +281,9 @@ def test_samples_do_not_depend_on_their_company(
             guide=guide, guidance=guidance, snapshots=True,
         )  # fmt: skip
 
-    together = drawn(sampled(0, 5), 50)
+    generation = sampled(0, 5)
+    assert (generation.threads, len(generation._parts)) == (threads, 3)
+    together = drawn(generation, 50)
     assert len(set(map(tuple, tokens_of(together)))) == 5
     for i in range(5):
         alone = drawn(sampled(i, i + 1), 50)[0]

@@ -20,6 +20,7 @@ from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probab
 from genssm.stepper import CompiledModel, Memory, block_sizes
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
+SHORT = 256  # tokens that are read before a second thread would have begun
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
 TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
@@ -326,16 +327,18 @@ def begin(
 def read(
     model: RecurrentModel | CompiledModel, tokens: Tensor, before: Reading | None = None
 ) -> Reading:
-    """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``."""
+    """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``.
+
+    A long prompt may use all of torch's threads; they change no bit of the result.
+    """
     if before is None and len(tokens) == 0:
         raise ValueError("a prompt needs at least its start token")
     logits, state = torch.empty(0), model.initial_state(1)
     if before is not None:
         logits, state = before.logits, before.state
-    with one_thread():
+    with torch_threads(1 if len(tokens) <= SHORT else torch.get_num_threads()):
         for i in range(0, len(tokens), PIECE):
-            every, state = model.prefill(tokens[None, i : i + PIECE], state)
-            logits = every[:, -1]
+            logits, state = model.read(tokens[None, i : i + PIECE], state)
     return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
 
 

@@ -699,14 +699,27 @@ class RecurrentModel(nn.Module):
 
         ``rate`` scales Δ in every layer, from what the model was converted at.
         """
+        features, prediction, state = self._features(tokens, state, rate)
+        return self.head.logits(features, prediction), state
+
+    @torch.no_grad()
+    def read(
+        self, tokens: Tensor, state: State | None = None, rate: float = 1.0
+    ) -> tuple[Tensor, State]:
+        """``prefill`` that predicts only what comes after all tokens, L >= 1: logits (B, V)."""
+        features, prediction, state = self._features(tokens, state, rate)
+        last = None if prediction is None else prediction[:, -1]
+        return self.head.logits(features[:, -1], last), state
+
+    def _features(
+        self, tokens: Tensor, state: State | None, rate: float
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """What the head reads after each token, and the state after all."""
         _check_tokens(tokens, self.config)
         state = self.initial_state(tokens.shape[0]) if state is None else state
         x, prediction, history = self._read(tokens, state)
         x, layers = self.stack.prefill(x, state.layers, int(state.position), rate)
-        return (
-            self.head.logits(self.norm(x), prediction),
-            State(state.position + tokens.shape[1], history, layers),
-        )
+        return self.norm(x), prediction, State(state.position + tokens.shape[1], history, layers)
 
     @torch.no_grad()
     def step(self, token: Tensor, state: State, rate: float = 1.0) -> tuple[Tensor, State]:

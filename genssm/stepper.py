@@ -468,7 +468,7 @@ def zeros(size: int, dtype: Any) -> Array:
 class CompiledModel:
     """A ``RecurrentModel`` whose steps and draws run in one compiled loop.
 
-    ``prefill`` gives the model's own ``State``; ``load`` and ``save`` carry it into the loop's
+    ``read`` gives the model's own ``State``; ``load`` and ``save`` carry it into the loop's
     memory and back. A row's logits and tokens do not depend on its company, to the last bit.
     Raises UnsupportedError, which says why, when there is no such loop for the model.
     """
@@ -509,9 +509,9 @@ class CompiledModel:
         self._taps = np.array(self.config.taps, np.int64)
         self._kept_columns = int(self.config.conditioned)
 
-    def prefill(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """``RecurrentModel.prefill``: tokens (B, L) → logits (B, L, V) and the state after."""
-        return self.model.prefill(tokens, state)
+    def read(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """``RecurrentModel.read``: tokens (B, L) → logits (B, V) of the next, the state after."""
+        return self.model.read(tokens, state)
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token."""

@@ -8,7 +8,7 @@ import torch
 
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import Generation, NotFiniteError, begin, read
+from genssm.engine import Generation, NotFiniteError, begin, read, torch_threads
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import choose
@@ -119,6 +119,18 @@ def test_a_prompt_read_in_pieces_gives_the_same_logits(
     continued = read(recurrent, prompt[20:], read(recurrent, prompt[:20]))
     torch.testing.assert_close(continued.logits, whole.logits)
     torch.testing.assert_close(continued.tokens, prompt)
+
+
+def test_threads_change_no_bit_of_a_prompt(make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
+    prompt = torch.randint(0, 20, (3 * engine.SHORT,))
+    readings = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            readings.append(read(recurrent, prompt))
+    for other in readings[1:]:
+        assert torch.equal(other.logits, readings[0].logits)
+        assert all(map(torch.equal, other.state.tensors(), readings[0].state.tensors()))
 
 
 def test_an_empty_prompt_is_refused(make_model: MakeModel) -> None:

@@ -147,6 +147,9 @@ def test_prefill_in_pieces_of_every_phase_matches_convolution(
                 logits, state = recurrent.prefill(piece, state)
                 pieces.append(logits)
             assert_near(torch.cat(pieces, 1), expected, TOLERANCES[dtype])
+    last, after = recurrent.read(tokens)
+    assert_near(last, expected[:, -1], TOLERANCES[dtype])
+    assert all(map(torch.equal, after.tensors(), recurrent.prefill(tokens)[1].tensors()))
 
 
 @everywhere

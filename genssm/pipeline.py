@@ -537,14 +537,18 @@ class Pipeline:
         """
         if not self.codec.classes:
             raise ValueError("to classify needs a model with classes; this one has none")
-        bits = self._class_bits(self.codec.encode(raw)[1:])
+        rows = self._of_every_class(self.codec.encode(raw)[1:])
+        bits = self._convolved_bits(rows)
         p = torch.softmax(-bits * math.log(2), 0)
         return dict(zip(self.codec.classes, p.tolist(), strict=True))
 
-    def _class_bits(self, tokens: Tensor) -> Tensor:
-        """Exact bits of tokens (L,) behind the start token of each class, (classes,) float64."""
+    def _of_every_class(self, tokens: Tensor) -> Tensor:
+        """tokens (L,) behind the start token of each class, (classes, 1 + L)."""
         starts = torch.tensor([self.codec.start(label) for label in self.codec.classes])
-        rows = torch.cat([starts[:, None], tokens.expand(len(starts), -1)], 1)
+        return torch.cat([starts[:, None], tokens.expand(len(starts), -1)], 1)
+
+    def _convolved_bits(self, rows: Tensor) -> Tensor:
+        """Exact bits of rows (B, 1 + L) behind their start tokens, (B,) float64."""
         together = max(1, TOGETHER // rows.shape[1])
         parts = [token_bits(self.model, part, self.rate) for part in rows.split(together)]
         return torch.cat(parts).double().sum(1)
@@ -555,7 +559,8 @@ class Pipeline:
         "bits": the fewest bits per token, after passing over the part ``request.trim`` of the
         likeliest, which are often empty of content, as SaShiMi does (arXiv 2202.09729). "class":
         the highest probability, given the whole sample, of the class that was asked for; of a label
-        within a class, of that class.
+        within a class, of that class. It is the model's own, as it steps (``classify`` is exact,
+        but several times slower).
         """
         if request.rank == 1:
             return list(samples)
@@ -572,7 +577,11 @@ class Pipeline:
         """log p / (1 - p), p the probability of the sample's class given all of its tokens."""
         own = self._class_of(sample.plan)
         tokens = torch.tensor([*sample.plan.tokens[1:], *sample.tokens], dtype=torch.int64)
-        nats = self._class_bits(tokens) * -math.log(2)
+        rows = self._of_every_class(tokens)
+        if isinstance(self.stepper, CompiledModel):
+            nats = self.stepper.score(rows).sum(1) * -math.log(2)
+        else:
+            nats = self._convolved_bits(rows) * -math.log(2)
         others = torch.cat([nats[:own], nats[own + 1 :]])
         return float(nats[own] - others.logsumexp(0))
 

@@ -936,6 +936,13 @@ def guide(logits, own, other, width, guidance, guided):
 
 
 @njit(**_OPTIONS)
+def log_sum(logits, first, size, width, weights):
+    """log Σ exp(logit), float64; leaves exp(logit - the largest) in ``weights``."""
+    most = weigh(logits, first, width, 1.0, weights)
+    return np.log(_summed(weights, size)) + most
+
+
+@njit(**_OPTIONS)
 def draw(
     logits, first, other, size, width, settings, seen, uniform, weights, keys, changed, histogram
 ):  # fmt: skip
@@ -944,8 +951,7 @@ def draw(
     ``settings``: repetition penalty, temperature, top_k, top_p, min_p, guidance. ``other``: where
     the logits without the class begin; ``first`` if there are none.
     """
-    most = weigh(logits, first, width, 1.0, weights)
-    whole = _summed(weights, size)
+    whole = log_sum(logits, first, size, width, weights)
     penalty, temperature = f32(settings[0]), settings[1]
     source, place = logits, first
     if other != first:
@@ -972,17 +978,18 @@ def draw(
                     weights[i] = f32(0.0)
         token = pick(weights, size, uniform)
     seen[token] = True
-    return token, (np.log(whole) + most - logits[first + token]) / np.log(2.0)
+    return token, (whole - logits[first + token]) / np.log(2.0)
 
 
 @njit(**_OPTIONS)
 def run(
     program, wide, kind, matrices, constants, taps, work, digits, history, position,
-    logits, size, width, tokens, bits, given, uniforms, settings, seen,
+    logits, size, width, tokens, bits, given, scored, uniforms, settings, seen,
     weights, keys, changed, histogram, scratch,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
+    ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
     tokens, bits, uniforms (B, n); seen (B, size) bool; history (B or 2 B, [1 +] reach + 1) int64:
     2 B rows are two streams of the same tokens, of which the second guides. ``logits`` is a region
     of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The other arrays are room
@@ -992,15 +999,18 @@ def run(
     batch = history.shape[0]
     samples = len(tokens)
     for t in range(tokens.shape[1]):
-        if t >= given:
-            for b in range(samples):
-                own = logits * batch + b * width
+        for b in range(samples):
+            own = logits * batch + b * width
+            if t >= given:
                 token, cost = draw(
                     work, own, own + (batch - samples) * width, size, width, settings, seen[b],
                     uniforms[b, t], weights, keys, changed, histogram,
                 )  # fmt: skip
                 tokens[b, t] = token
                 bits[b, t] = cost
+            elif scored:
+                whole = log_sum(work, own, size, width, weights)
+                bits[b, t] = (whole - work[own + tokens[b, t]]) / np.log(2.0)
         advance(
             program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t,
             position + t, scratch,

@@ -34,6 +34,7 @@ from genssm.sampling import SamplingConfig
 ENGINES = ("auto", "eager", "cpu")
 WEIGHTS = ("bf16", "fp32", "int8")  # the default first
 EXACT = "fp32"  # the weights themselves, which the eager model has, too
+SCORED = 256  # tokens scored by one call, whose end an interruption waits for
 MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a panel of 32
 
 Array = np.ndarray[Any, Any]
@@ -555,11 +556,28 @@ class CompiledModel:
 
     def step(self, token: Tensor, memory: Memory) -> Tensor:
         """Read one token (B,) → logits (B, V) of the next."""
-        tokens = token.numpy().astype(np.int64)[:, None]
+        self._given(memory, token.numpy()[:, None], scored=False)
+        return self.logits(memory)
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Bits of tokens[:, 1:] given those before, by stepping: (B, L + 1) → (B, L) float64."""
+        if tokens.shape[1] > 1 and int(tokens[:, 1:].max()) >= self.config.n_outputs:
+            raise ValueError(f"tokens up to {self.config.n_outputs - 1} have a probability")
+        memory = self.load(self.model.initial_state(len(tokens)))
+        self.step(tokens[:, 0], memory)
+        parts = [
+            self._given(memory, part.numpy(), scored=True)
+            for part in tokens[:, 1:].split(SCORED, 1)
+        ]
+        return torch.from_numpy(np.concatenate(parts, 1))
+
+    def _given(self, memory: Memory, tokens: Array, scored: bool) -> Array:
+        """Read tokens (B, n); returns their bits if ``scored``."""
+        tokens = tokens.astype(np.int64)
         self._check(tokens)
         seen = np.zeros((memory.batch, self.config.n_outputs), np.bool_)
-        self._run(memory, tokens, 1, np.zeros(tokens.shape), SamplingConfig(), seen)
-        return self.logits(memory)
+        room, count = np.zeros(tokens.shape), tokens.shape[1]
+        return self._run(memory, tokens, count, room, SamplingConfig(), seen, scored=scored)
 
     def generate(
         self,
@@ -580,7 +598,7 @@ class CompiledModel:
         return tokens, bits
 
     def _check(self, tokens: Array) -> None:
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise ValueError(
                 f"token ids must lie in 0 … {self.config.vocab_size - 1}, "
                 f"got {tokens.min()} … {tokens.max()}"
@@ -588,9 +606,9 @@ class CompiledModel:
 
     def _run(
         self, memory: Memory, tokens: Array, given: int, uniforms: Array, config: SamplingConfig,
-        seen: Array, guidance: float = 1.0,
+        seen: Array, guidance: float = 1.0, scored: bool = False,
     ) -> Array:  # fmt: skip
-        """``simd.run``; returns the bits of the drawn tokens."""
+        """``simd.run``; returns the bits of the tokens."""
         settings = np.array(
             [config.repetition_penalty, config.temperature, config.top_k, config.top_p,
              config.min_p, guidance], np.float64
@@ -600,7 +618,8 @@ class CompiledModel:
         self._simd.run(
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
             memory.work, self._digits, memory.history, memory.position, self._logits,
-            self.config.n_outputs, self._width, tokens, bits, given, uniforms, settings, seen,
+            self.config.n_outputs, self._width, tokens, bits, given, scored, uniforms,
+            settings, seen,
             room.weights, room.weights.view(np.int32), room.changed, room.histogram, room.scratch,
         )  # fmt: skip
         memory.position += tokens.shape[1]

@@ -1,5 +1,6 @@
 """The compiled stepper against the eager model, operation by operation and draw by draw."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from genssm.engine import CompiledGeneration, Drawn, Generation, begin, read
 from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.sampling import RandomStream, SamplingConfig, probabilities
 from genssm.stepper import (
+    SCORED,
     CompiledModel,
     UnsupportedError,
     block_sizes,
@@ -188,6 +190,18 @@ def test_draws_equal_the_eager_ones(make_model: MakeModel, config: SamplingConfi
     for sample, expected in zip(samples, eager, strict=True):
         bits = [d.bits for d in sample]
         assert bits == pytest.approx([d.bits for d in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_scores_equal_those_of_the_convolution(make_model: MakeModel, kind: str) -> None:
+    model = make_model(kind)
+    compiled = CompiledModel(to_recurrent(model), "fp32")
+    tokens = torch.randint(0, model.config.n_outputs, (3, SCORED + 40))
+    expected = model.log_prob(tokens).detach().double() / -math.log(2)
+    torch.testing.assert_close(compiled.score(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert compiled.score(tokens[:, :1]).shape == (3, 0)
+    with pytest.raises(ValueError, match="have a probability"):
+        compiled.score(torch.tensor([[0, model.config.n_outputs]]))
 
 
 @pytest.mark.parametrize("guidance", [-0.5, 0.0, 0.3, 1.7, 4.0])

@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor
 
 from genssm import ssm
-from genssm.data import Batch
+from genssm.batches import Batch
 from genssm.layers import LAYERS, S4, S4D, TrainedLayer, build_layer
 from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, has_fast_bfloat16
-from genssm.train import train_step
+from genssm.update import Objective, train_step
 
 FEATURES = 8  # H of the layers whose cost is compared
 REFERENCE = ModelConfig(
@@ -241,8 +241,10 @@ def measure_training(layer: str, batch: int, length: int, device: str, repeats: 
     optimizers = build_optimizers(model, 1e-3, 0.01, 0.01)
     tokens = torch.randint(0, 256, (batch, length + 1))
 
+    objective = Objective(model)
+
     def step() -> None:
-        train_step(model, optimizers, Batch(tokens, None), 1.0, 0)
+        train_step(objective, optimizers, Batch(tokens), 1.0, (0,))
 
     return Speed(layer, batch, length, batch * length / _median_seconds(step, device, repeats))
 

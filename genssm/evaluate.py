@@ -81,7 +81,7 @@ def evaluate(
         padded = torch.full((len(batch), longest), codec.boundary)
         for row, (_, sequence) in enumerate(batch):
             padded[row, : len(sequence)] = sequence
-        scored = token_bits(model, padded, rate)
+        scored = token_bits(model, padded.to(model.norm.weight.device), rate).cpu()
         for row, (example, sequence) in enumerate(batch):
             bits += float(scored[row, : len(sequence) - 1].double().sum())
             tokens += len(sequence) - 1

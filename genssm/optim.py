@@ -1,13 +1,15 @@
-"""Optimisation: Muon for the hidden matrices, AdamW for everything else, and the rate over time."""
+"""Optimisation: Muon for the hidden matrices, AdamW for the rest, the rate, averaged weights."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from genssm.model import SequenceModel
 
@@ -36,11 +38,25 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     return X.mT if tall else X
 
 
+def _whole(matrix: Tensor) -> Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _like(p: Tensor, update: Tensor) -> Tensor:
+    """A whole matrix, cut as p is."""
+    if not isinstance(p, DTensor):
+        return update
+    whole = DTensor.from_local(update, p.device_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=p.placements)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for hidden weight matrices.
 
     Unlike in ``torch.optim.Muon`` matrices of one shape go together, and the iteration runs in
     bfloat16 only where that is fast: on a CPU without such instructions it is 18 times slower.
+    An orthogonal update needs the whole matrix: of sharded parameters the momentum stays sharded,
+    the updates of one shape are gathered, and every process keeps its part of the result.
     """
 
     def __init__(
@@ -63,12 +79,14 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                    update = p.grad.lerp(state["momentum"], group["momentum"])
+                    updates.append(_whole(update))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 stacked = torch.stack(updates)
                 fast = torch.bfloat16 if has_fast_bfloat16(stacked.device) else torch.float32
                 for p, update in zip(params, orthogonalize(stacked.to(fast)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(_like(p, update.to(p.dtype)), alpha=-scale)
 
 
 def build_optimizers(
@@ -90,9 +108,27 @@ def build_optimizers(
     ]
 
 
-def rate(step: int, progress: float, warmup: int, decay: float) -> float:
-    """Factor on the learning rates: a linear warm-up, a plateau, a linear descent to zero.
+SCHEDULES = ("linear", "cosine")
 
-    ``progress`` runs from 0 to 1 over the training; the descent takes its last ``decay`` part.
+
+def rate(step: int, progress: float, warmup: int, decay: float, schedule: str = "linear") -> float:
+    """Factor on the learning rates: a linear warm-up, a plateau, a descent to zero.
+
+    ``progress`` runs from 0 to 1 over the training; the descent, of the form ``schedule``, takes
+    its last ``decay`` part: 1 is all of it.
     """
-    return min(1.0, (step + 1) / max(1, warmup)) * min(1.0, max(0.0, (1 - progress) / decay))
+    left = min(1.0, max(0.0, (1 - progress) / decay))
+    if schedule == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return min(1.0, (step + 1) / max(1, warmup)) * left
+
+
+@torch.no_grad()
+def average(averages: dict[str, Tensor], weights: dict[str, Tensor], decay: float, n: int) -> None:
+    """Update number ``n`` (from 1) of an exponential moving average of the weights, in place.
+
+    The early average is short, (1 + n) / (10 + n), so that the beginning is soon forgotten.
+    """
+    d = min(decay, (1 + n) / (10 + n))
+    for name, mean in averages.items():
+        mean.lerp_(weights[name].detach(), 1 - d)

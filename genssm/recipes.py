@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from genssm.model import ModelConfig
+from genssm.optim import SCHEDULES
 from genssm.settings import check_types
 
 DIGITS = tuple("0123456789")
@@ -30,26 +32,54 @@ CIFAR10 = (
 class TrainConfig:
     """How a model is trained. Rates are per step, before the schedule's factor."""
 
-    batch_size: int = 8  # sequences a step
+    batch_size: int = 8  # sequences a step, over all processes
+    accumulate: int = 1  # parts that a process splits its sequences into, to save memory
     length: int = 1024  # longest training sequence, in tokens
+    first_length: int = 0  # the length to begin with, doubled until it is ``length``; 0: no growth
+    grow: float = 0.3  # first part of the training, in which the length grows
     steps: int = 20_000  # steps of a training without a limit in minutes
     lr: float = 3e-3  # AdamW
     matrix_lr: float = 0.02  # Muon
     weight_decay: float = 0.01  # on the matrices
     warmup: int = 50  # steps
     decay: float = 0.6  # last part of the training, in which the rates fall to zero
+    schedule: str = "linear"  # how they fall
     clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.0  # keep this much of the averaged weights a step; 0: no averaging
     flip: bool = False  # mirror half of the pictures
+    on_corrupt: str = "stop"  # at a file that is not readable; or "skip" it
+    compile: bool = False  # torch.compile what follows each layer
+    shard: bool = False  # over several processes, a part of the weights on each
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive = ("batch_size", "length", "steps", "lr", "matrix_lr", "decay", "clip")
-        for name in positive:
+        names = ("batch_size", "accumulate", "length", "steps", "lr", "matrix_lr", "decay", "clip",
+                 "grow")  # fmt: skip
+        for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.decay > 1:
-            raise ValueError(f"decay must be at most 1, got {self.decay}")
+        for name in ("decay", "grow"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in 0 … 1 (1 excluded), got {self.ema}")
+        if not 0 <= self.first_length <= self.length:
+            raise ValueError(
+                f"first_length must lie in 0 … length ({self.length}), got {self.first_length}"
+            )
+        for name, choices in (("schedule", SCHEDULES), ("on_corrupt", ("stop", "skip"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+    def length_at(self, progress: float) -> int:
+        """The longest sequence at a progress from 0 to 1: it doubles at equal intervals."""
+        if not self.first_length or progress >= self.grow:
+            return self.length
+        doublings = math.ceil(math.log2(self.length / self.first_length))
+        return min(self.length, self.first_length * 2 ** int(doublings * progress / self.grow))
 
 
 @dataclass(frozen=True)

@@ -2,127 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from genssm import checkpoint as checkpoints
-from genssm.codec import Audio, Codec, Image, Text
-from genssm.data import (
-    Batch,
-    ClipBatches,
-    Example,
-    PictureBatches,
-    TextBatches,
-    find_split,
-    open_picture_array,
-    read_clips,
-    read_documents,
-    read_examples,
-    read_pictures,
-)
-from genssm.evaluate import evaluate
+from genssm import training_state
+from genssm.batches import Batch
+from genssm.distributed import World, joined
+from genssm.evaluate import Evaluation, evaluate
 from genssm.model import ModelConfig, SequenceModel
-from genssm.optim import build_optimizers, has_fast_bfloat16, rate
+from genssm.optim import build_optimizers, rate
+from genssm.preparation import load_weights, prepare
 from genssm.recipes import Recipe
+from genssm.sheets import write_sheet
+from genssm.training_log import Progress, open_log
+from genssm.training_state import TrainingState
+from genssm.update import compile_pointwise, spread, train_step
 
-_LN2 = math.log(2)
-_STATE = "state.safetensors"
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a training reports about every few seconds."""
-
-    step: int
-    minutes: float
-    fraction: float  # of the budget, 0 … 1
-    tokens: int
-    loss: float  # bits per token, smoothed
-    tokens_per_second: float
-    validation: float | None  # in the unit of the codec, when it was just measured
-
-
-@dataclass
-class _Run:
-    """The mutable part of a training, all of it in ``state.safetensors``."""
-
-    model: SequenceModel
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    best: float = math.inf
-    before: dict[str, Any] | None = None  # training facts of the checkpoint it began with
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for k, optimizer in enumerate(self.optimizers):
-            for i, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{k}.{i}.{name}": t for name, t in state.items()}
-        return {name: t.detach().contiguous() for name, t in tensors.items()}
-
-    def save(self, path: Path, recipe: Recipe) -> None:
-        from safetensors.torch import save_file
-
-        facts = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "best": self.best,
-            "before": self.before,
-            "recipe": asdict(recipe),
-        }
-        checkpoints.replace_file(
-            path, lambda file: save_file(self.tensors(), file, {"facts": json.dumps(facts)})
-        )
-
-    def restore(self, path: Path, recipe: Recipe) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is not a readable training state") from error
-        wanted = json.loads(json.dumps(asdict(recipe)))
-        wanted["length"] = wanted["train"]["length"]
-        begun = facts["recipe"] | {"length": facts["recipe"]["train"]["length"]}
-        for section in ("modality", "codec", "model", "length"):
-            if begun[section] != wanted[section]:
-                raise ValueError(
-                    f"the training in {str(path.parent)!r} has another {section}: "
-                    f"{begun[section]}; resume it with that, or use another folder"
-                )
-        prefix = "model."
-        self.model.load_state_dict(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
-        for k, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                if name.startswith(f"optimizer.{k}."):
-                    _, _, i, key = name.split(".")
-                    state.setdefault(int(i), {})[key] = tensor
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.seconds, self.tokens, self.best, self.before = (
-            facts[name] for name in ("step", "seconds", "tokens", "best", "before")
-        )
+_LOST = 100  # steps in a row without a finite gradient after which a training is given up
 
 
 def train(
@@ -135,41 +40,66 @@ def train(
     start: str | None = None,
     save_minutes: float = 5.0,
     validate_minutes: float = 10.0,
+    sheet_minutes: float | None = None,
+    tensorboard: bool = False,
     validation_limit: int | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Train ``recipe`` on the ``train`` split in ``data``; return the best checkpoint's folder.
 
-    The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives
-    ``state.safetensors`` (from which ``resume`` goes on exactly), ``log.csv`` and ``checkpoint/``.
-    ``start`` names a checkpoint of the same shape to begin with (its tokenizer included). SIGTERM
-    and Ctrl-C save before they end the training. Raises ValueError for unusable data or
-    settings, and FileExistsError for a folder with a training that is not to be resumed.
+    The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives the state
+    from which ``resume`` goes on exactly (``state.safetensors``), ``log.csv``, ``checkpoint/`` and,
+    every ``sheet_minutes``, ``samples/``. ``start`` names a checkpoint of the same shape to begin
+    with (its tokenizer included). SIGTERM and Ctrl-C save before they end the training. Under
+    ``torchrun`` all its processes train one model.
+
+    Raises ValueError for unusable data or settings, FileExistsError for a folder with a training
+    that is not to be resumed, OSError when the disk is full: the last save is then still whole.
     """
-    training = _Training(recipe, data, out, minutes, _begin(out, resume, start), validation_limit)
-    timers = {"report": _Timer(10), "save": _Timer(60 * save_minutes)}
-    timers["validate"] = _Timer(60 * validate_minutes)
-    with _interruption() as interrupted, _log(out / "log.csv", resume) as log:
-        while training.fraction() < 1 and not interrupted():
-            training.advance()
-            value = training.validate() if timers["validate"].due() else None
-            if timers["save"].due():
-                training.save()
-            if timers["report"].due() or value is not None:
-                report(progress := training.progress(value))
-                log(progress)
-        training.save()
-        report(progress := training.progress(training.validate()))
-        log(progress)
-        training.save()
-        if interrupted():
+    begun = _begin(out, resume, start)
+    with joined() as world, _interruption() as interrupted:
+        training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
+        log_of = open_log(out, resume, tensorboard) if world.leads else nullcontext()
+        timers = [
+            _Timer(60 * each if each is not None and world.leads else math.inf)
+            for each in (save_minutes, validate_minutes, sheet_minutes)
+        ]
+        reports = _Timer(10 if world.leads else math.inf)
+        with log_of as log:
+
+            def tell(value: float | None) -> None:
+                progress = training.progress(value)
+                if log is not None:
+                    report(progress)
+                    log.write(progress)
+
+            stop = False
+            while training.fraction() < 1:
+                due = [interrupted(), *(timer.due() for timer in timers)]
+                stop, save, validate, sheet = map(bool, world.largest(due))
+                if stop:
+                    break
+                training.advance()
+                value = training.validate() if validate else None
+                if sheet:
+                    training.draw()
+                if save:
+                    training.save()
+                if reports.due() or value is not None:
+                    tell(value)
+            training.save()
+            tell(training.validate())
+            if sheet_minutes is not None:
+                training.draw()
+            training.save()
+        if stop or interrupted():
             raise KeyboardInterrupt
     return training.target
 
 
 def _begin(out: Path, resume: bool, start: str | None) -> checkpoints.Checkpoint | None:
     """Check that ``out`` fits the intention and load the checkpoint to start from, if any."""
-    begun = (out / _STATE).exists()
+    begun = training_state.exists(out)
     if begun and not resume:
         raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
     if resume and not begun:
@@ -194,7 +124,10 @@ class _Timer:
 
 
 class _Training:
-    """One training: its data, its model and what can be done with them."""
+    """One training: its data, its model and what can be done with them.
+
+    Over several processes every method must be called by all of them.
+    """
 
     def __init__(
         self,
@@ -204,232 +137,145 @@ class _Training:
         minutes: float | None,
         start: checkpoints.Checkpoint | None,
         validation_limit: int | None,
+        world: World,
     ) -> None:
-        self.recipe, self.minutes = recipe, minutes
-        self.state_file, self.target = out / _STATE, out / "checkpoint"
+        self.recipe, self.out, self.minutes, self.world = recipe, out, minutes, world
+        self.target = out / "checkpoint"
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
-        find_split(data, "validation", recipe.modality)
-        self.codec, self.batch = _prepare(recipe, data, out, start)
-        self._validation = _validation_examples(recipe, self.codec, data, validation_limit)
+        with world.leader_first():
+            self.data = prepare(recipe, data, out, start, validation_limit)
         torch.manual_seed(settings.seed)
-        config = ModelConfig(
-            vocab_size=self.codec.vocab_size,
-            n_outputs=self.codec.n_outputs,
-            l_max=settings.length,
-            **recipe.model,
+        model = SequenceModel(
+            ModelConfig(
+                vocab_size=self.data.codec.vocab_size,
+                n_outputs=self.data.codec.n_outputs,
+                l_max=settings.length,
+                **recipe.model,
+            )
         )
-        model = SequenceModel(config)
+        resumed = training_state.exists(out)
+        if start is not None and not resumed:
+            load_weights(start, model, self.data.codec)
+        model.to(world.device)
+        if settings.compile:
+            compile_pointwise(model)
+        self.objective = spread(model, world, settings.shard)
         optimizers = build_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-        self.run = _Run(model, optimizers)
-        if self.state_file.exists():
-            self.run.restore(self.state_file, recipe)
+        self.state = TrainingState(model, optimizers, recipe, world)
+        if resumed:
+            self.state.restore(out)
         elif start is not None:
-            _load_from(start, model, self.codec)
-            self.run.before = start.training
-        self.smooth = math.nan
-        self.reported = (time.monotonic(), self.run.tokens)
+            self.state.counters.before = start.training
+        self.lost = 0  # steps in a row without a finite gradient
+        self.reported = (time.monotonic(), self.state.counters.tokens)
 
     def fraction(self) -> float:
         """The part of the budget that is spent."""
+        counters = self.state.counters
         if self.minutes is None:
-            return self.run.step / self.recipe.train.steps
-        return self.run.seconds / (60 * self.minutes) if self.minutes else 1.0
+            return counters.step / self.recipe.train.steps
+        return counters.seconds / (60 * self.minutes) if self.minutes else 1.0
 
     def advance(self) -> None:
         """One step."""
-        started, settings, run = time.monotonic(), self.recipe.train, self.run
-        factor = rate(run.step, self.fraction(), settings.warmup, settings.decay)
-        for optimizer, rates in zip(run.optimizers, self.base_rates, strict=True):
+        started, settings, counters = time.monotonic(), self.recipe.train, self.state.counters
+        fraction, optimizers = self.fraction(), self.state.optimizers
+        factor = rate(counters.step, fraction, settings.warmup, settings.decay, settings.schedule)
+        for optimizer, rates in zip(optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * factor
-        batch = self.batch(run.step)
-        loss = train_step(run.model, run.optimizers, batch, settings.clip, settings.seed + run.step)
-        if math.isfinite(loss):
-            self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-        run.step += 1
-        run.tokens += batch.tokens[:, 1:].numel()
-        run.seconds += time.monotonic() - started
+        batch = self.data.batch(counters.step).cut(settings.length_at(fraction))
+        step = train_step(
+            self.objective,
+            optimizers,
+            batch,
+            settings.clip,
+            (settings.seed, counters.step),
+            accumulate=settings.accumulate,
+            world=self.world,
+        )
+        self._count(step.bits, step.finite, batch)
+        seconds = counters.seconds + time.monotonic() - started
+        counters.seconds = self.world.largest([seconds])[0]
+
+    def _count(self, bits: float, finite: bool, batch: Batch) -> None:
+        counters = self.state.counters
+        self.lost = 0 if finite else self.lost + 1
+        if self.lost >= _LOST:
+            raise ValueError(
+                f"{_LOST} steps in a row had no finite gradient; resume with a lower lr and "
+                "matrix_lr, or begin again"
+            )
+        if finite:
+            self.state.average()
+            before = bits if counters.loss is None else counters.loss
+            counters.loss = 0.98 * before + 0.02 * bits
+        else:
+            counters.skipped += 1
+        counters.step += 1
+        counters.tokens += batch.tokens[:, 1:].numel()
 
     def validate(self) -> float:
         """Measure, and keep the checkpoint when it is the best so far."""
-        examples, run = self._validation, self.run
-        run.model.eval()
-        measured = evaluate(run.model, self.codec, examples)
-        if measured.value < run.best:
-            run.best = measured.value
-            facts = {
-                "recipe": asdict(self.recipe),
-                "steps": run.step,
-                "tokens": run.tokens,
-                "minutes": round(run.seconds / 60, 1),
-                "threads": torch.get_num_threads(),
-                "before": run.before,
-            }
-            metrics = {"validation subset": {"value": measured.value, "unit": measured.unit}}
-            probe = self.codec.encode(examples[0].raw, examples[0].label)[:PROBE].tolist()
-            checkpoints.save(
-                checkpoints.Checkpoint(run.model, self.codec, facts, metrics, tuple(probe)),
-                self.target,
-            )
-        return measured.value
+        world, examples, counters = self.world, self.data.validation, self.state.counters
+        model = self.state.exported()
+        mine = examples[world.rank :: world.size]
+        own = evaluate(model, self.data.codec, mine) if mine else Evaluation(0, "", 0, 0, 0, 0)
+        bits, units = world.sums([own.bits, own.units])
+        value = bits / units
+        if value < counters.best:
+            counters.best = value
+            if world.leads:
+                checkpoints.save(self._checkpoint(model, value), self.target)
+        return value
+
+    def _checkpoint(self, model: SequenceModel, value: float) -> checkpoints.Checkpoint:
+        counters, codec, example = self.state.counters, self.data.codec, self.data.validation[0]
+        facts = {
+            "recipe": asdict(self.recipe),
+            "steps": counters.step,
+            "skipped": counters.skipped,
+            "tokens": counters.tokens,
+            "minutes": round(counters.seconds / 60, 1),
+            "processes": self.world.size,
+            "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
+            "before": counters.before,
+        }
+        metrics = {"validation subset": {"value": value, "unit": codec.unit}}
+        probe = codec.encode(example.raw, example.label)[:PROBE].tolist()
+        return checkpoints.Checkpoint(model, codec, facts, metrics, tuple(probe))
+
+    def draw(self) -> None:
+        """Write a sample sheet."""
+        model = self.state.exported()
+        if self.world.leads:
+            whole = checkpoints.Checkpoint(model, self.data.codec)
+            write_sheet(whole, self.out / "samples", self.state.counters.step)
+        self.world.wait()
 
     def save(self) -> None:
         """Write everything that ``resume`` needs."""
-        self.run.save(self.state_file, self.recipe)
+        self.state.save(self.out)
 
     def progress(self, validation: float | None) -> Progress:
         """Where the training stands, with the speed since the last call."""
-        now, run = time.monotonic(), self.run
-        speed = (run.tokens - self.reported[1]) / max(1e-9, now - self.reported[0])
-        self.reported = (now, run.tokens)
+        now, counters = time.monotonic(), self.state.counters
+        speed = (counters.tokens - self.reported[1]) / max(1e-9, now - self.reported[0])
+        self.reported = (now, counters.tokens)
         return Progress(
-            run.step, run.seconds / 60, self.fraction(), run.tokens, self.smooth, speed, validation
+            counters.step,
+            counters.seconds / 60,
+            self.fraction(),
+            counters.tokens,
+            math.nan if counters.loss is None else counters.loss,
+            speed,
+            validation,
+            counters.skipped,
+            self.recipe.train.length_at(self.fraction()),
         )
-
-
-def _load_from(start: checkpoints.Checkpoint, model: SequenceModel, codec: Codec) -> None:
-    """Load the weights of ``start`` into a model of its shape.
-
-    Labels that it does not know begin as the class they are a part of, or else as "any"; a class
-    that is to be added at every position, where it was not, begins with nothing.
-    """
-    weights, own = dict(start.model.state_dict()), model.state_dict()
-    condition = "inputs.condition.weight"
-    if condition in own and condition not in weights:
-        weights[condition] = torch.zeros_like(weights["inputs.embedding.weight"])
-    if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
-        ids = [
-            *range(codec.vocab_size - len(codec.labels)),
-            *map(
-                start.codec.start,
-                (
-                    next(
-                        (
-                            name
-                            for name in (label, codec.broader(label))
-                            if name in start.codec.labels
-                        ),
-                        None,
-                    )
-                    for label in codec.labels
-                ),
-            ),
-        ]
-        for name in {"inputs.embedding.weight", condition} & weights.keys():
-            weights[name] = weights[name][ids]
-    if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
-        raise ValueError("the model to start from has another shape than the recipe's")
-    model.load_state_dict(weights)
-
-
-def train_step(
-    model: SequenceModel,
-    optimizers: list[torch.optim.Optimizer],
-    batch: Batch,
-    clip: float,
-    seed: int,
-) -> float:
-    """One update; returns the loss in bits per token. A step that is not finite is left out."""
-    model.train()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    device = model.norm.weight.device
-    with (
-        torch.random.fork_rng(),
-        torch.autocast(device.type, torch.bfloat16, has_fast_bfloat16(device)),
-    ):
-        torch.manual_seed(seed)  # dropout
-        nats = -model.log_prob(batch.tokens.to(device))
-    if batch.weights is None:
-        loss = nats.mean()
-    else:
-        weights = batch.weights.to(device)
-        loss = (nats * weights).sum() / weights.sum()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if bool(norm.isfinite()):
-        for optimizer in optimizers:
-            optimizer.step()
-    return float(loss.detach()) / _LN2
-
-
-def _prepare(
-    recipe: Recipe, data: Path, out: Path, start: checkpoints.Checkpoint | None
-) -> tuple[Codec, Callable[[int], Batch]]:
-    """The codec (a tokenizer is trained once) and the function from a step to its batch."""
-    settings = recipe.train
-    source = find_split(data, "train", recipe.modality)
-    if recipe.modality == "text":
-        given = start.codec if start is not None and isinstance(start.codec, Text) else None
-        text, stream = _tokenize(source, out, recipe.codec["vocab_size"], given)
-        return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
-    if recipe.modality == "image":
-        image = Image(**recipe.codec)
-        if source.suffix == ".npy":
-            pictures, labels = open_picture_array(source, image)
-        else:
-            pictures, labels = _stack_pictures(read_pictures(source, image), image)
-        return image, PictureBatches(
-            pictures, labels, image, settings.batch_size, settings.seed, settings.flip
-        ).batch
-    audio = Audio(**recipe.codec)
-    return audio, ClipBatches(
-        read_clips(source, audio), audio, settings.batch_size, settings.length, settings.seed
-    ).batch
-
-
-def _stack_pictures(
-    examples: Iterator[Example], codec: Image
-) -> tuple[np.ndarray, np.ndarray | None]:
-    pictures, labels = [], []
-    for example in examples:
-        pictures.append(example.raw)
-        labels.append(-1 if example.label is None else codec.labels.index(example.label))
-    return np.stack(pictures), np.array(labels) if min(labels) >= 0 else None
-
-
-def _tokenize(
-    source: Path, out: Path, vocab_size: int, given: Text | None
-) -> tuple[Text, np.ndarray]:
-    """Tokenizer and token stream of a text, made once and kept in ``out``."""
-    tokenizer, codec = out / "tokenizer.model", given
-    if codec is None and tokenizer.exists():
-        codec = Text(tokenizer.read_bytes())
-    if codec is None or (given is None and codec.vocab_size != vocab_size):
-        documents = list(read_documents(source))
-        budget = 20_000_000 // max(1, len(documents))  # characters that the tokenizer learns from
-        codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
-    learned = codec.tokenizer
-    checkpoints.replace_file(tokenizer, lambda file: file.write_bytes(learned))
-    stream = out / f"tokens-{_fingerprint(source, learned)}.npy"
-    if not stream.exists():
-        kind = np.uint16 if codec.vocab_size <= 2**16 else np.uint32
-        encoded = [codec.encode(text).numpy().astype(kind) for text in read_documents(source)]
-        checkpoints.replace_file(stream, lambda file: np.save(file, np.concatenate(encoded)))
-    return codec, np.load(stream, mmap_mode="r")
-
-
-def _fingerprint(source: Path, tokenizer: bytes) -> str:
-    """Changes with the tokenizer and with the name, size or date of any source file."""
-    digest = hashlib.sha256(tokenizer)
-    for file in sorted(p for p in (source, *source.rglob("*")) if p.is_file()):
-        facts = file.stat()
-        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _validation_examples(
-    recipe: Recipe, codec: Codec, data: Path, limit: int | None
-) -> list[Example]:
-    """A validation set small enough to be measured every few minutes, spread over the whole."""
-    most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
-    examples = list(read_examples(find_split(data, "validation", recipe.modality), codec))
-    chosen = examples[:: max(1, len(examples) // most)][:most]
-    if recipe.modality == "text":
-        return [Example(example.raw[:60_000]) for example in chosen]
-    return chosen
 
 
 @contextmanager
@@ -451,18 +297,3 @@ def _interruption() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _log(path: Path, append: bool) -> Iterator[Callable[[Progress], None]]:
-    with path.open("a" if append else "w", newline="") as file:
-        writer = csv.writer(file)
-        if not append:
-            writer.writerow(list(Progress.__dataclass_fields__))
-
-        def log(progress: Progress) -> None:
-            row = [f"{v:.6g}" if isinstance(v, float) else v for v in asdict(progress).values()]
-            writer.writerow(row)
-            file.flush()
-
-        yield log

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from genssm.codec import Audio, Image, Text
-from genssm.train import Progress
+from genssm.training_log import Progress
 
 _UNITS = {codec.modality: codec.unit for codec in (Text, Image, Audio)}
 
@@ -20,6 +20,8 @@ def describe(progress: Progress, modality: str) -> str:
         f"{progress.loss:.3f} bits/token · {progress.tokens_per_second:.0f} tokens/s · "
         f"{max(0.0, left):.0f} min left"
     )
+    if progress.skipped:
+        line += f" · {progress.skipped} steps skipped"
     if progress.validation is not None:
         line += f" · validation {progress.validation:.4f} {_UNITS[modality]}"
     return line

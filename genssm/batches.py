@@ -1,0 +1,140 @@
+"""Batches of tokens, each decided by the seed and the number of the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genssm.codec import ANY, Audio, Image
+from genssm.data import Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens (B, L + 1) int64; weights (B, L) float32, 0 where the target is padding."""
+
+    tokens: Tensor
+    weights: Tensor | None = None
+
+    def cut(self, length: int) -> Batch:
+        """The first ``length`` targets of every sequence."""
+        weights = None if self.weights is None else self.weights[:, :length]
+        return Batch(self.tokens[:, : length + 1], weights)
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+class TextBatches:
+    """Windows of a token stream; the batch of a step depends on the seed and the step alone."""
+
+    def __init__(self, stream: np.ndarray, batch_size: int, length: int, seed: int) -> None:
+        if len(stream) <= length:
+            raise ValueError(f"the text has {len(stream)} tokens, fewer than a window of {length}")
+        self.stream, self.batch_size, self.length, self.seed = stream, batch_size, length, seed
+
+    def batch(self, step: int) -> Batch:
+        starts = _random(self.seed, step).integers(
+            0, len(self.stream) - self.length, self.batch_size
+        )
+        windows = [self.stream[i : i + self.length + 1] for i in starts]
+        return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
+
+
+class _Shuffled:
+    """Visits n items in a fresh order each epoch, ``size`` items a step."""
+
+    def __init__(self, n: int, size: int, seed: int) -> None:
+        if n < size:
+            raise ValueError(f"a batch of {size} needs at least {size} examples, got {n}")
+        self.n, self.size, self.seed = n, size, seed
+        self.epoch, self.order = -1, np.arange(n)
+
+    def indices(self, step: int) -> np.ndarray:
+        epoch, at = divmod(step, self.n // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, _random(self.seed, epoch).permutation(self.n)
+        return self.order[at * self.size : (at + 1) * self.size]
+
+
+class PictureBatches:
+    """Pictures with their class as start token; a tenth of them with "any" instead."""
+
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        labels: np.ndarray | None,
+        codec: Image,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+    ) -> None:
+        codec.array(pictures[0])
+        self.pictures, self.codec = pictures, codec
+        self.labels = labels if codec.labels else None
+        self.seed, self.flip = seed, flip
+        self.shuffled = _Shuffled(len(pictures), batch_size, seed)
+
+    def batch(self, step: int) -> Batch:
+        random = _random(self.seed, step, 1)
+        sequences = []
+        for i in self.shuffled.indices(step):
+            picture = np.asarray(self.pictures[i])
+            if self.flip and random.random() < 0.5:
+                picture = picture[:, ::-1]
+            label = ANY
+            if random.random() >= 0.1 and self.labels is not None:
+                label = self.codec.labels[self.labels[i]]
+            sequences.append(self.codec.encode(picture, label))
+        return Batch(torch.stack(sequences))
+
+
+class ClipBatches:
+    """Clips of similar length together, their label as start token, the boundary as last target.
+
+    A tenth of them have "any" instead; of those with a part of a class ("7_jackson"), three tenths
+    more have the class ("7").
+    """
+
+    group = 16  # batches whose clips are sorted by length together
+
+    def __init__(
+        self, examples: Iterable[Example], codec: Audio, batch_size: int, length: int, seed: int
+    ) -> None:
+        self.codec, self.batch_size, self.seed = codec, batch_size, seed
+        self.clips: list[tuple[Tensor, int, int]] = []  # tokens, start tokens of label and class
+        for example in examples:
+            tokens = codec.encode(example.raw, example.label)
+            ended = torch.cat([tokens[1:], torch.tensor([codec.boundary])])
+            start = int(tokens[0])
+            broader = None if example.label is None else codec.broader(example.label)
+            whole = start if broader is None else codec.start(broader)
+            self.clips.append((ended[:length], start, whole))
+        together = min(self.group * batch_size, len(self.clips) // batch_size * batch_size)
+        if together == 0:
+            raise ValueError(f"a batch of {batch_size} needs more than {len(self.clips)} clips")
+        self.shuffled = _Shuffled(len(self.clips), together, seed)
+
+    def batch(self, step: int) -> Batch:
+        per_group = self.shuffled.size // self.batch_size
+        turn, at = divmod(step, per_group)
+        chosen = sorted(self.shuffled.indices(turn), key=lambda i: len(self.clips[i][0]))
+        order = _random(self.seed, turn, 1).permutation(per_group)
+        random = _random(self.seed, step, 2)
+        members = chosen[order[at] * self.batch_size : (order[at] + 1) * self.batch_size]
+        longest = max(len(self.clips[i][0]) for i in members)
+        tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
+        weights = torch.zeros(self.batch_size, longest)
+        for row, i in enumerate(members):
+            clip, start, whole = self.clips[i]
+            chance = random.random()
+            known = whole if chance < 0.4 else start
+            tokens[row, 0] = self.codec.boundary if chance < 0.1 else known
+            tokens[row, 1 : len(clip) + 1] = clip
+            weights[row, : len(clip)] = 1
+        return Batch(tokens, weights)

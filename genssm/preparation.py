@@ -1,0 +1,135 @@
+"""What a training starts with: the codec, the batches, the validation set, the first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
+from genssm.checkpoint import Checkpoint, replace_file
+from genssm.codec import Audio, Codec, Image, Text
+from genssm.data import (
+    Example,
+    find_split,
+    open_picture_array,
+    read_clips,
+    read_documents,
+    read_examples,
+    read_pictures,
+)
+from genssm.model import SequenceModel
+from genssm.recipes import Recipe
+from genssm.token_cache import fingerprint, open_tokens
+
+_LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data as a training uses it; ``batch`` is a function of the step alone."""
+
+    codec: Codec
+    batch: Callable[[int], Batch]
+    validation: list[Example]
+
+
+def prepare(
+    recipe: Recipe, data: Path, out: Path, start: Checkpoint | None, validation_limit: int | None
+) -> Prepared:
+    """Find the splits in ``data``; learn a tokenizer and fill the token cache in ``out`` once."""
+    find_split(data, "validation", recipe.modality)
+    codec, batch = _batches(recipe, find_split(data, "train", recipe.modality), out, start)
+    return Prepared(codec, batch, _validation_examples(recipe, codec, data, validation_limit))
+
+
+def _batches(
+    recipe: Recipe, source: Path, out: Path, start: Checkpoint | None
+) -> tuple[Codec, Callable[[int], Batch]]:
+    settings = recipe.train
+    if recipe.modality == "text":
+        given = start.codec if start is not None and isinstance(start.codec, Text) else None
+        text = _tokenizer(source, out, recipe.codec["vocab_size"], given)
+        name = f"tokens-{fingerprint(source, text.tokenizer)}"
+        stream = open_tokens(
+            out / name, lambda: map(text.encode, read_documents(source)), text.vocab_size
+        )
+        return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
+    if recipe.modality == "image":
+        image = Image(**recipe.codec)
+        if source.suffix == ".npy":
+            pictures, labels = open_picture_array(source, image)
+        else:
+            pictures, labels = _stack_pictures(read_pictures(source, image), image)
+        return image, PictureBatches(
+            pictures, labels, image, settings.batch_size, settings.seed, settings.flip
+        ).batch
+    audio = Audio(**recipe.codec)
+    return audio, ClipBatches(
+        read_clips(source, audio), audio, settings.batch_size, settings.length, settings.seed
+    ).batch
+
+
+def _stack_pictures(
+    examples: Iterator[Example], codec: Image
+) -> tuple[np.ndarray, np.ndarray | None]:
+    pictures, labels = [], []
+    for example in examples:
+        pictures.append(example.raw)
+        labels.append(-1 if example.label is None else codec.labels.index(example.label))
+    return np.stack(pictures), np.array(labels) if min(labels) >= 0 else None
+
+
+def _tokenizer(source: Path, out: Path, vocab_size: int, given: Text | None) -> Text:
+    """The tokenizer of a checkpoint, of ``out``, or one learned from a part of the text."""
+    file, codec = out / "tokenizer.model", given
+    if codec is None and file.exists():
+        codec = Text(file.read_bytes())
+    if codec is None or (given is None and codec.vocab_size != vocab_size):
+        documents = list(read_documents(source))
+        budget = _LEARNED_FROM // max(1, len(documents))
+        codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
+    learned = codec.tokenizer
+    replace_file(file, lambda target: target.write_bytes(learned))
+    return codec
+
+
+def _validation_examples(
+    recipe: Recipe, codec: Codec, data: Path, limit: int | None
+) -> list[Example]:
+    """A validation set small enough to be measured every few minutes, spread over the whole."""
+    most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
+    examples = list(read_examples(find_split(data, "validation", recipe.modality), codec))
+    chosen = examples[:: max(1, len(examples) // most)][:most]
+    if recipe.modality == "text":
+        return [Example(example.raw[:60_000]) for example in chosen]
+    return chosen
+
+
+def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
+    """Load the weights of ``start`` into a model of its shape.
+
+    Labels that it does not know begin as the class they are a part of, or else as "any"; a class
+    that is to be added at every position, where it was not, begins with nothing.
+    """
+    weights, own = dict(start.model.state_dict()), model.state_dict()
+    condition = "inputs.condition.weight"
+    if condition in own and condition not in weights:
+        weights[condition] = torch.zeros_like(weights["inputs.embedding.weight"])
+    if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
+        ids = [
+            *range(codec.vocab_size - len(codec.labels)),
+            *(start.codec.start(_nearest(label, codec, start.codec)) for label in codec.labels),
+        ]
+        for name in {"inputs.embedding.weight", condition} & weights.keys():
+            weights[name] = weights[name][ids]
+    if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
+        raise ValueError("the model to start from has another shape than the recipe's")
+    model.load_state_dict(weights)
+
+
+def _nearest(label: str, codec: Codec, known: Codec) -> str | None:
+    return next((n for n in (label, codec.broader(label)) if n in known.labels), None)

@@ -1,0 +1,51 @@
+"""Sample sheets: what a model makes at one moment of its training, in one file.
+
+Sixteen pictures in a grid, a clip of each class one after the other, or three texts: always of the
+same seed, so that one can watch it learn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from genssm.checkpoint import Checkpoint, replace_file
+from genssm.codec import Audio, Image
+from genssm.files import grid, png, sound
+from genssm.pipeline import Pipeline, Sample
+
+_PICTURES, _CLIPS, _TEXTS = 16, 10, 3
+_TEXT_TOKENS = 200
+_PAUSE = 0.25  # seconds between clips
+
+
+def write_sheet(checkpoint: Checkpoint, folder: Path, step: int, engine: str = "auto") -> Path:
+    """Draw a sheet with seed 0 and write ``<folder>/step-<step>.png``, ``.wav`` or ``.txt``."""
+    pipe = Pipeline("training", checkpoint, engine=engine)
+    codec = pipe.codec
+    if isinstance(codec, Image):
+        content = png(grid([s.raw for s in _of_each_class(pipe, _PICTURES)]))
+        suffix = ".png"
+    elif isinstance(codec, Audio):
+        pause = np.zeros(round(_PAUSE * codec.rate), np.float32)
+        waves = [part for s in _of_each_class(pipe, _CLIPS) for part in (s.raw, pause)]
+        content, suffix = sound(np.concatenate(waves), codec.rate, "wav"), ".wav"
+    else:
+        samples = pipe.sample(count=_TEXTS, max_tokens=_TEXT_TOKENS, seed=0)
+        content, suffix = "\n\n----\n\n".join(s.raw for s in samples).encode() + b"\n", ".txt"
+    target = folder / f"step-{step:08}{suffix}"
+    replace_file(target, lambda file: file.write_bytes(content))
+    return target
+
+
+def _of_each_class(pipe: Pipeline, count: int) -> list[Sample]:
+    """``count`` samples, class after class; all of "any" where there are no classes."""
+    classes = pipe.codec.classes or (None,)
+    each = [count // len(classes) + (i < count % len(classes)) for i in range(len(classes))]
+    return [
+        sample
+        for label, n in zip(classes, each, strict=True)
+        if n
+        for sample in pipe.sample(label=label, count=n, seed=0)
+    ]

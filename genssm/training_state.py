@@ -1,0 +1,240 @@
+"""The mutable part of a training, all of it on disk after a save.
+
+One process, or several that each hold all of the weights, write ``state.safetensors``. Sharded
+weights go to ``state-<step>/``, a safetensors file a process, by ``torch.distributed.checkpoint``:
+nothing is gathered, nothing is pickled, and another number of processes can read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from genssm.checkpoint import replace_file
+from genssm.distributed import World
+from genssm.model import SequenceModel
+from genssm.optim import average
+from genssm.recipes import Recipe
+
+_FILE, _SHARDS = "state.safetensors", "state-"
+Place = Callable[[str, torch.Size], Tensor]  # the name and shape of a stored tensor → its receiver
+
+
+@dataclass
+class Counters:
+    """How far a training has come."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    best: float = math.inf  # validation
+    loss: float | None = None  # bits per token, smoothed
+    before: dict[str, Any] | None = None  # training facts of the checkpoint it began with
+
+
+def exists(out: Path) -> bool:
+    """Whether ``out`` holds the state of a training."""
+    return (out / _FILE).exists() or _shards(out) is not None
+
+
+class TrainingState:
+    """A model, its optimizers, its averaged weights and its counters."""
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        optimizers: list[torch.optim.Optimizer],
+        recipe: Recipe,
+        world: World,
+    ) -> None:
+        self.model, self.optimizers, self.recipe, self.world = model, optimizers, recipe, world
+        self.counters = Counters()
+        self.averages: dict[str, Tensor] | None = None
+        self._whole: SequenceModel | None = None  # receives weights that are not the model's own
+        if recipe.train.ema:
+            self.begin_average()
+
+    def begin_average(self) -> None:
+        """Let the average begin with the weights as they are."""
+        self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def average(self) -> None:
+        """Take the weights into their average, after a step that changed them."""
+        if self.averages is not None:
+            updates = self.counters.step + 1 - self.counters.skipped
+            weights = dict(self.model.named_parameters())
+            average(self.averages, weights, self.recipe.train.ema, updates)
+
+    def exported(self) -> SequenceModel:
+        """The model that is validated and shipped: averaged where there is an average, whole."""
+        if self.averages is None and not self._is_sharded():
+            return self.model.eval()
+        if self._whole is None:
+            self._whole = SequenceModel(self.model.config).to(self.world.device)
+        weights = self.model.state_dict() | (self.averages or {})
+        self._whole.load_state_dict(
+            {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+        )
+        return self._whole.eval()
+
+    def save(self, out: Path) -> None:
+        """Write everything that a resumed training needs; all processes must take part."""
+        facts = {**asdict(self.counters), "recipe": asdict(self.recipe)}
+        tensors, target = self._tensors(), out / _FILE
+        if self._is_sharded():
+            target = _save_shards(tensors, facts, out, self.world)
+        elif self.world.leads:
+            _save_file(tensors, facts, target)
+        if self.world.leads:
+            _remove_others(out, target)
+        self.world.wait()
+
+    def restore(self, out: Path) -> None:
+        """Read what ``save`` wrote. Raises ValueError if it is damaged or of another recipe."""
+        facts, tensors = self._read(out)
+        _check_recipe(facts["recipe"], self.recipe, out)
+        prefix = "model."
+        self.model.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
+        for k, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer.{k}."):
+                    _, _, i, key = name.split(".")
+                    state.setdefault(int(i), {})[key] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self.averages is not None:
+            self.begin_average()  # of a training that had none
+            for name, mean in self.averages.items():
+                mean.copy_(tensors.get(f"average.{name}", mean))
+        known = {f.name for f in fields(Counters)} & set(facts)
+        self.counters = Counters(**{name: facts[name] for name in known})
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for k, optimizer in enumerate(self.optimizers):
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{k}.{i}.{name}": t for name, t in state.items()}
+        tensors |= {f"average.{name}": t for name, t in (self.averages or {}).items()}
+        return {name: t.detach() for name, t in tensors.items()}
+
+    def _read(self, out: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from safetensors import SafetensorError
+
+        folder = _shards(out)
+        try:
+            if folder is not None:
+                return _read_shards(folder, self._place)
+            return _read_file(out / _FILE, self._place)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            place = folder or out / _FILE
+            raise ValueError(f"{str(place)!r} is not a readable training state") from error
+
+    def _place(self, name: str, shape: torch.Size) -> Tensor:
+        """A tensor to receive a stored one: cut as what it belongs to, wherever that is cut."""
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            k, i, _ = rest.split(".")
+            params = [p for group in self.optimizers[int(k)].param_groups for p in group["params"]]
+            like = params[int(i)].detach()
+        else:
+            own = dict(self.model.named_parameters()) if kind == "average" else {}
+            like = (own or self.model.state_dict())[rest].detach()
+        return torch.zeros_like(like) if like.shape == shape else torch.zeros(shape)
+
+
+def _check_recipe(begun: dict[str, Any], recipe: Recipe, out: Path) -> None:
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    for section in ("modality", "codec", "model", "length"):
+        then, now = (r["train"][section] if section == "length" else r[section]
+                     for r in (begun, wanted))  # fmt: skip
+        if then != now:
+            raise ValueError(
+                f"the training in {str(out)!r} has another {section}: {then}; resume it with "
+                "that, or use another folder"
+            )
+
+
+def _save_file(tensors: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    stored = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    replace_file(path, lambda file: save_file(stored, file, {"facts": json.dumps(facts)}))
+
+
+def _read_file(path: Path, place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            like = place(name, tensor.shape)
+            if isinstance(like, DTensor):
+                tensor = distribute_tensor(
+                    tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+                )
+            tensors[name] = tensor
+    return facts, tensors
+
+
+def _shards(out: Path) -> Path | None:
+    """The folder of the newest sharded state that was written to its end."""
+    return max((file.parent for file in out.glob(f"{_SHARDS}*/facts.json")), default=None)
+
+
+def _save_shards(
+    tensors: dict[str, Tensor], facts: dict[str, Any], out: Path, world: World
+) -> Path:
+    """Every process writes its parts; the facts, written last, make the folder count."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = out / f"{_SHARDS}{facts['step']:012}"
+    if world.leads:
+        shutil.rmtree(folder, ignore_errors=True)
+    world.wait()
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    world.wait()
+    if world.leads:
+        text = json.dumps(facts)
+        replace_file(folder / "facts.json", lambda file: file.write_text(text))
+    return folder
+
+
+def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    import torch.distributed.checkpoint as dcp
+
+    facts = json.loads((folder / "facts.json").read_text())
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {name: place(name, facts.size) for name, facts in stored.items()}
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    return facts, tensors
+
+
+def _remove_others(out: Path, keep: Path) -> None:
+    """Remove the states that another is newer than."""
+    for old in (*out.glob(f"{_SHARDS}*"), out / _FILE):
+        if old == keep:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""Batches depend on nothing but a seed and the number of the step."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
+from genssm.codec import Audio, Image
+from genssm.data import Example
+
+IMAGE = Image(2, 3, 1, labels=("cat", "dog"))
+AUDIO = Audio(8000, labels=("one", "two"))
+
+
+@pytest.fixture
+def pictures() -> np.ndarray:
+    """Six different pictures, uint8 (6, 2, 3, 1)."""
+    return np.arange(36, dtype=np.uint8).reshape(6, 2, 3, 1)
+
+
+def text_batches(seed: int) -> TextBatches:
+    return TextBatches(np.arange(100, dtype=np.uint16), 4, 10, seed)
+
+
+def picture_batches(seed: int) -> PictureBatches:
+    pictures = np.arange(48, dtype=np.uint8).reshape(8, 2, 3, 1)
+    return PictureBatches(pictures, np.arange(8) % 2, IMAGE, 3, seed, flip=True)
+
+
+def clips(*lengths: int) -> list[Example]:
+    """Clips of distinct constant samples: clip i is of label one or two, by turns."""
+    return [
+        Example(np.full(n, (i + 1) / (len(lengths) + 1), np.float32), AUDIO.labels[i % 2])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def clip_batches(seed: int, batch_size: int = 2) -> ClipBatches:
+    return ClipBatches(clips(5, 3, 9, 4, 8, 2, 7, 6), AUDIO, batch_size, 100, seed)
+
+
+def assert_same_batch(actual: Batch, expected: Batch) -> None:
+    assert torch.equal(actual.tokens, expected.tokens)
+    assert (actual.weights is None) == (expected.weights is None)
+    if actual.weights is not None and expected.weights is not None:
+        assert torch.equal(actual.weights, expected.weights)
+
+
+@pytest.mark.parametrize("make", [text_batches, picture_batches, clip_batches])
+def test_a_batch_depends_on_the_seed_and_the_step_alone(make: Callable[[int], Any]):
+    in_order = [make(3).batch(step) for step in range(12)]
+    batches = make(3)
+    torch.manual_seed(1)  # the global state plays no part
+    for step in (11, 0, 5, 5, 3):
+        assert_same_batch(batches.batch(step), in_order[step])
+    steps = {tuple(batch.tokens.reshape(-1).tolist()) for batch in in_order}
+    assert len(steps) > 3
+    other = [make(4).batch(step).tokens for step in range(12)]
+    assert any(
+        a.tokens.shape != b.shape or not torch.equal(a.tokens, b)
+        for a, b in zip(in_order, other, strict=True)
+    )
+
+
+def test_text_windows_are_consecutive_and_reach_both_ends():
+    batches = TextBatches(np.arange(14, dtype=np.uint16), 4, 10, seed=0)
+    first, last = set(), set()
+    for step in range(40):
+        tokens = batches.batch(step).tokens
+        assert tokens.dtype == torch.int64
+        assert tokens.shape == (4, 11)
+        assert bool((tokens.diff() == 1).all())
+        first.update(tokens[:, 0].tolist())
+        last.update(tokens[:, -1].tolist())
+    assert (first, last) == ({0, 1, 2, 3}, {10, 11, 12, 13})
+
+
+def test_text_shorter_than_a_window_is_refused():
+    TextBatches(np.zeros(11, np.uint16), 1, 10, 0).batch(0)
+    with pytest.raises(ValueError, match="10 tokens, fewer than a window of 10"):
+        TextBatches(np.zeros(10, np.uint16), 1, 10, 0)
+
+
+def test_every_picture_is_visited_once_an_epoch(pictures: np.ndarray):
+    batches = PictureBatches(pictures, None, IMAGE, 2, seed=0, flip=False)
+    orders = []
+    for epoch in range(3):
+        tokens = torch.cat([batches.batch(3 * epoch + step).tokens for step in range(3)])
+        assert bool((tokens[:, 0] == IMAGE.boundary).all())
+        orders.append(tokens[:, 1].tolist())  # the first value names the picture
+        assert sorted(orders[-1]) == [0, 6, 12, 18, 24, 30]
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_pictures_start_with_their_class_and_a_tenth_with_any(pictures: np.ndarray):
+    batches = PictureBatches(pictures, np.arange(6) % 2, IMAGE, 6, seed=0, flip=False)
+    tokens = torch.cat([batches.batch(step).tokens for step in range(200)])
+    own = torch.tensor([IMAGE.start("cat"), IMAGE.start("dog")])[tokens[:, 1] // 6 % 2]
+    unlabelled = tokens[:, 0] == IMAGE.boundary
+    assert bool(((tokens[:, 0] == own) | unlabelled).all())
+    assert 0.06 < float(unlabelled.float().mean()) < 0.14
+
+
+def test_pictures_need_no_classes_in_the_codec(pictures: np.ndarray):
+    codec = Image(2, 3, 1)
+    batches = PictureBatches(pictures, np.arange(6) % 2, codec, 6, seed=0, flip=False)
+    assert bool((batches.batch(0).tokens[:, 0] == codec.boundary).all())
+
+
+def test_half_of_the_pictures_are_mirrored_where_that_is_wanted(pictures: np.ndarray):
+    batches = PictureBatches(pictures, None, IMAGE, 6, seed=0, flip=True)
+    rows = torch.cat([batches.batch(step).tokens[:, 1:] for step in range(100)]).view(-1, 2, 3)
+    mirrored = rows[:, 0, 0] > rows[:, 0, 2]
+    assert 0.4 < float(mirrored.float().mean()) < 0.6
+    restored = torch.where(mirrored[:, None, None], rows.flip(2), rows)
+    originals = {tuple(p.reshape(-1).tolist()) for p in pictures}
+    assert {tuple(p.reshape(-1).tolist()) for p in restored} == originals
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_fewer_pictures_than_a_batch_are_refused(n: int, pictures: np.ndarray):
+    with pytest.raises(ValueError, match=f"a batch of 4 needs at least 4 examples, got {n}"):
+        PictureBatches(pictures[:n], None, IMAGE, 4, seed=0, flip=False)
+
+
+def visits(batches: ClipBatches, steps: int) -> Counter[int]:
+    """How often ``steps`` batches show each clip, by its first sample."""
+    tokens = [batches.batch(step).tokens for step in range(steps)]
+    return Counter(token for batch in tokens for token in batch[:, 1].tolist())
+
+
+@pytest.mark.parametrize("group", [2, 4, 16])
+def test_every_clip_is_visited_once_an_epoch(group: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ClipBatches, "group", group)
+    counts = visits(clip_batches(0), 4)
+    assert len(counts) == 8
+    assert set(counts.values()) == {1}
+    assert set(visits(clip_batches(0), 12).values()) == {3}
+
+
+def test_no_clip_is_left_out_for_ever():
+    """Seven clips in batches of two: each epoch leaves one out, but not always the same."""
+    batches = ClipBatches(clips(5, 3, 9, 4, 8, 2, 7), AUDIO, 2, 100, seed=0)
+    assert len(visits(batches, 60)) == 7
+
+
+def test_clips_of_similar_length_share_a_batch():
+    for step in range(8):
+        weights = clip_batches(0).batch(step).weights
+        assert weights is not None
+        lengths = weights.sum(1)
+        assert int(lengths.max() - lengths.min()) == 1
+
+
+def test_weights_cover_a_clip_and_its_end_but_no_padding():
+    examples = clips(5, 3, 9, 4)
+    batches = ClipBatches(examples, AUDIO, 4, 100, seed=0)
+    expected = {tuple(AUDIO.encode(e.raw)[1:].tolist()): AUDIO.start(e.label) for e in examples}
+    for step in range(10):
+        batch = batches.batch(step)
+        assert batch.weights is not None
+        assert batch.tokens.shape == (4, 11)
+        assert batch.weights.shape == (4, 10)
+        for row, weight in zip(batch.tokens, batch.weights, strict=True):
+            n = int(weight.sum())
+            assert weight.tolist() == [1.0] * n + [0.0] * (10 - n)
+            assert bool((row[n:] == AUDIO.boundary).all())  # the end, then padding
+            assert int(row[0]) in (expected[tuple(row[1:n].tolist())], AUDIO.boundary)
+
+
+def test_clips_longer_than_a_sequence_are_cut_before_their_end():
+    batch = ClipBatches(clips(50, 60), AUDIO, 2, 20, seed=0).batch(0)
+    assert batch.tokens.shape == (2, 21)
+    assert batch.weights is not None
+    assert bool((batch.weights == 1).all())
+    assert AUDIO.boundary not in batch.tokens[:, 1:]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_clips_than_a_batch_are_refused(n: int):
+    with pytest.raises(ValueError, match="a batch of 2 needs"):
+        ClipBatches(clips(*[5] * n), AUDIO, 2, 100, seed=0).batch(0)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from genssm.engine import Reading
     from genssm.files import Output
     from genssm.pipeline import Pipeline, Sample, Session
-    from genssm.request import Plan, Request
+    from genssm.recipes import Recipe
+    from genssm.request import Plan, Request, Settings
 
 P = ParamSpec("P")
 
@@ -359,20 +360,25 @@ def train(
     """Train a model; the best checkpoint so far is OUT/checkpoint."""
     import torch
 
-    from genssm.recipes import RECIPES, parse_settings
     from genssm.train import train as run
     from genssm.training_report import reporter
 
-    if recipe not in RECIPES:
-        raise UsageError(f"there is no recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    try:
-        chosen = RECIPES[recipe].changed(parse_settings(settings or []))
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+    chosen = _recipe(recipe, settings or [])
     torch.set_flush_denormal(True)
     with reporter(recipe, chosen.modality, quiet) as report:
         target = run(chosen, data, out, minutes=minutes, resume=resume, start=start, report=report)
     sys.stdout.write(f"{target}\n")
+
+
+def _recipe(name: str, settings: list[str]) -> Recipe:
+    from genssm.recipes import RECIPES, parse_settings
+
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
+    try:
+        return RECIPES[name].changed(parse_settings(settings))
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 @app.command()
@@ -434,22 +440,62 @@ def evaluate(
     rate: Annotated[
         float, typer.Option(help="Scale the time step of sound, as in sample; 0.5: twice the Hz.")
     ] = 1.0,
+    classify: Annotated[
+        bool, typer.Option("--classify", help="How often the likeliest class is the right one.")
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=2, help="Draw so many and hold them against the data instead."),
+    ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="With --samples: what judges pictures and sound.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="With --samples, as are the following.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Over 1 stresses the class.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many for each, keep the likeliest.")
+    ] = None,
+    trim: Annotated[
+        float | None, typer.Option(help="With --rank, pass over this part of the likeliest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Measure the exact likelihood of data: bits per byte, dimension or sample."""
+    """Measure exact likelihood (bits per byte, dimension or sample), or the quality of samples."""
     from genssm.checkpoint import record_metric
     from genssm.data import read_examples
     from genssm.pipeline import load
+    from genssm.sample_quality import classification_accuracy, evaluate_samples
 
+    asked = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
+             "trim": trim}  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
+    if samples is None and (given or classifier is not None):
+        raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
+    if classify and samples is not None:
+        raise UsageError("--classify measures data, --samples measures samples; give one of them")
     pipe = load(name).at_rate(rate)
-    result = pipe.evaluate(read_examples(data, pipe.codec), limit)
-    if record is not None:
-        measured = {"value": round(result.value, 4), "unit": result.unit}
-        record_metric(name, record, measured | {"examples": result.examples})
-    if as_json:
+    unit = "recognised"
+    if samples is not None:
+        if not data.exists():
+            raise ValueError(f"there is no file or folder {str(data)!r}")
+        settings: Settings = {**given, "seed": seed}  # type: ignore[typeddict-item]
+        note = functools.partial(_note, quiet=quiet)
+        facts = evaluate_samples(pipe, data, samples, settings, classifier, note)
+        facts |= {"settings": given | {"seed": seed}}
+        measured = facts if "recognised" not in facts else {"value": facts["recognised"],
+                                                            "unit": unit, **facts}  # fmt: skip
+    elif classify:
+        share, examples = classification_accuracy(pipe, read_examples(data, pipe.codec), limit)
+        facts = {"accuracy": round(share, 4), "examples": examples}
+        measured = {"value": facts["accuracy"], "unit": "accuracy", "examples": examples}
+    else:
+        result = pipe.evaluate(read_examples(data, pipe.codec), limit)
         facts = {
-            "model": name,
-            "rate": rate,
             "value": result.value,
             "unit": result.unit,
             "bits": result.bits,
@@ -457,12 +503,57 @@ def evaluate(
             "units": result.units,
             "examples": result.examples,
         }
-        sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        sys.stdout.write(
-            f"{result.value:.4f} {result.unit}  ({result.examples} examples, "
-            f"{result.tokens} tokens, {result.units} {result.unit.removeprefix('bits/')}s)\n"
+        if result.word_perplexity is not None:
+            facts |= {"words": result.words, "word_perplexity": result.word_perplexity}
+        measured = {"value": round(result.value, 4), "unit": result.unit,
+                    "examples": result.examples}  # fmt: skip
+    if record is not None:
+        record_metric(name, record, measured)
+    if as_json:
+        sys.stdout.write(json.dumps({"model": name, "rate": rate, **facts}) + "\n")
+    elif samples is None and not classify:
+        line = (
+            f"{facts['value']:.4f} {facts['unit']}  ({facts['examples']} examples, "
+            f"{facts['tokens']} tokens, {facts['units']} "
+            f"{str(facts['unit']).removeprefix('bits/')}s)"
         )
+        if "word_perplexity" in facts:
+            line += f"  word perplexity {facts['word_perplexity']:.1f} ({facts['words']} words)"
+        sys.stdout.write(line + "\n")
+    else:
+        for key, value in facts.items():
+            sys.stdout.write(f"{key:<20} {json.dumps(value)}\n")
+
+
+@app.command()
+@_command
+def classifier(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose classes it learns: digits, cifar10.")],
+    data: Annotated[Path, typer.Option(help="Folder with train and validation files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).")],
+    epochs: Annotated[int, typer.Option(min=1, help="Times that it sees the data.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Of its weights and the order.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small classifier of real data, which then judges samples (evaluate --samples)."""
+    from genssm.classifier import save_classifier, train_classifier
+    from genssm.data import find_split, read_examples
+    from genssm.preparation import build_codec
+
+    chosen = _recipe(recipe, [])
+    _check_new(out, force)
+    codec = build_codec(chosen)
+    parts = (read_examples(find_split(data, split, codec.modality), codec)
+             for split in ("train", "validation"))  # fmt: skip
+    model, report = train_classifier(
+        codec, *parts, epochs=epochs, flip=chosen.train.flip, seed=seed,
+        report=lambda epoch, loss: _note(f"epoch {epoch + 1} of {epochs} · {loss:.4f} nats", quiet),
+    )  # fmt: skip
+    save_classifier(model, report, out)
+    sys.stdout.write(
+        f"{out}  right on {report.accuracy:.1%} of {report.validation_examples} held-out examples\n"
+    )
 
 
 @app.command()
@@ -474,7 +565,8 @@ def models(as_json: Json = False) -> None:
     for name, folder in shipped_folders().items():
         config = json.loads((folder / "config.json").read_text())
         size = sum(f.stat().st_size for f in folder.iterdir())
-        metric = next(reversed(config["metrics"].items()), None)
+        measured = [item for item in config["metrics"].items() if "unit" in item[1]]
+        metric = measured[-1] if measured else None
         if as_json:
             facts = {"name": name, "modality": config["codec"]["kind"], "bytes": size}
             sys.stdout.write(json.dumps(facts | {"metrics": config["metrics"]}) + "\n")

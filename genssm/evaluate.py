@@ -62,6 +62,16 @@ class Evaluation:
     tokens: int
     units: int
     examples: int
+    words: int = 0  # of text: between blanks, and one for the end of each line
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """2^(bits / words), None for other data than text.
+
+        Words are what stands between blanks, and each line's end counts as one, as where WikiText's
+        perplexity is counted; the text is what it is, with no word replaced by <unk>.
+        """
+        return 2 ** (self.bits / self.words) if self.words else None
 
 
 def evaluate(
@@ -75,7 +85,7 @@ def evaluate(
 
     ``rate`` scales Δ in every layer.
     """
-    bits, tokens, units, count = 0.0, 0, 0, 0
+    bits, tokens, units, count, words = 0.0, 0, 0, 0, 0
     for batch in _batches((e, codec.encode(e.raw, e.label)) for e in islice(examples, limit)):
         longest = max(len(sequence) for _, sequence in batch)
         padded = torch.full((len(batch), longest), codec.boundary)
@@ -87,9 +97,11 @@ def evaluate(
             tokens += len(sequence) - 1
             units += codec.units(example.raw)
             count += 1
+            if isinstance(example.raw, str):
+                words += len(example.raw.split()) + example.raw.count("\n")
     if units == 0:
         raise ValueError("the data holds nothing to evaluate")
-    return Evaluation(bits / units, codec.unit, bits, tokens, units, count)
+    return Evaluation(bits / units, codec.unit, bits, tokens, units, count, words)
 
 
 def _batches(

@@ -46,6 +46,13 @@ def prepare(
     return Prepared(codec, batch, _validation_examples(recipe, codec, data, validation_limit))
 
 
+def build_codec(recipe: Recipe) -> Image | Audio:
+    """The codec of a recipe of pictures or sound. Raises ValueError for text, which must learn."""
+    if recipe.modality == "text":
+        raise ValueError("the codec of text is learned from it; this needs pictures or sound")
+    return (Image if recipe.modality == "image" else Audio)(**recipe.codec)
+
+
 def _batches(
     recipe: Recipe, source: Path, out: Path, start: Checkpoint | None
 ) -> tuple[Codec, Callable[[int], Batch]]:
@@ -58,18 +65,17 @@ def _batches(
             out / name, lambda: map(text.encode, read_documents(source)), text.vocab_size
         )
         return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
-    if recipe.modality == "image":
-        image = Image(**recipe.codec)
+    codec = build_codec(recipe)
+    if isinstance(codec, Image):
         if source.suffix == ".npy":
-            pictures, labels = open_picture_array(source, image)
+            pictures, labels = open_picture_array(source, codec)
         else:
-            pictures, labels = _stack_pictures(read_pictures(source, image), image)
-        return image, PictureBatches(
-            pictures, labels, image, settings.batch_size, settings.seed, settings.flip
+            pictures, labels = _stack_pictures(read_pictures(source, codec), codec)
+        return codec, PictureBatches(
+            pictures, labels, codec, settings.batch_size, settings.seed, settings.flip
         ).batch
-    audio = Audio(**recipe.codec)
-    return audio, ClipBatches(
-        read_clips(source, audio), audio, settings.batch_size, settings.length, settings.seed
+    return codec, ClipBatches(
+        read_clips(source, codec), codec, settings.batch_size, settings.length, settings.seed
     ).batch
 
 

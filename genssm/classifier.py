@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         if isinstance(self.codec, Image):
             pictures = torch.from_numpy(np.stack([self.codec.array(raw) for raw in raws]))
             return pictures.permute(0, 3, 1, 2) / 127.5 - 1
-        longest = max(_SHORTEST * self.codec.rate, max(len(raw) for raw in raws))
+        longest = max(_SHORTEST * self.codec.rate, *map(len, raws))
         padded = [F.pad(torch.as_tensor(r), (0, int(longest) - len(r))) for r in raws]
         return _log_mel(torch.stack(padded), self.codec.rate)
 
@@ -120,7 +120,8 @@ def train_classifier(
 ) -> tuple[Classifier, Report]:
     """Train on labelled examples, varied each time; ``report`` gets epoch and mean loss in nats.
 
-    ``flip``: pictures of these classes may be mirrored. Raises ValueError if there are no labelled examples.
+    ``flip``: pictures of these classes may be mirrored. Raises ValueError if no example is
+    labelled.
     """
     torch.manual_seed(seed)
     model = Classifier(codec)

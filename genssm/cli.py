@@ -471,58 +471,48 @@ def evaluate(
     from genssm.pipeline import load
     from genssm.sample_quality import classification_accuracy, evaluate_samples
 
-    asked = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
-             "trim": trim}  # fmt: skip
-    given = {name: value for name, value in asked.items() if value is not None}
+    options = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
+               "trim": trim}  # fmt: skip
+    given = {option: value for option, value in options.items() if value is not None}
     if samples is None and (given or classifier is not None):
         raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
     if classify and samples is not None:
         raise UsageError("--classify measures data, --samples measures samples; give one of them")
     pipe = load(name).at_rate(rate)
-    unit = "recognised"
     if samples is not None:
-        if not data.exists():
-            raise ValueError(f"there is no file or folder {str(data)!r}")
         settings: Settings = {**given, "seed": seed}  # type: ignore[typeddict-item]
         note = functools.partial(_note, quiet=quiet)
         facts = evaluate_samples(pipe, data, samples, settings, classifier, note)
-        facts |= {"settings": given | {"seed": seed}}
-        measured = facts if "recognised" not in facts else {"value": facts["recognised"],
-                                                            "unit": unit, **facts}  # fmt: skip
     elif classify:
-        share, examples = classification_accuracy(pipe, read_examples(data, pipe.codec), limit)
-        facts = {"accuracy": round(share, 4), "examples": examples}
-        measured = {"value": facts["accuracy"], "unit": "accuracy", "examples": examples}
+        facts = classification_accuracy(pipe, read_examples(data, pipe.codec), limit)
     else:
-        result = pipe.evaluate(read_examples(data, pipe.codec), limit)
-        facts = {
-            "value": result.value,
-            "unit": result.unit,
-            "bits": result.bits,
-            "tokens": result.tokens,
-            "units": result.units,
-            "examples": result.examples,
-        }
-        if result.word_perplexity is not None:
-            facts |= {"words": result.words, "word_perplexity": result.word_perplexity}
-        measured = {"value": round(result.value, 4), "unit": result.unit,
-                    "examples": result.examples}  # fmt: skip
+        facts = pipe.evaluate(read_examples(data, pipe.codec), limit).facts()
     if record is not None:
-        record_metric(name, record, measured)
+        kept = {k: v for k, v in facts.items() if k not in ("bits", "tokens", "units")}
+        if isinstance(value := kept.get("value"), float):
+            kept["value"] = round(value, 4)
+        record_metric(name, record, kept)
     if as_json:
         sys.stdout.write(json.dumps({"model": name, "rate": rate, **facts}) + "\n")
-    elif samples is None and not classify:
-        line = (
-            f"{facts['value']:.4f} {facts['unit']}  ({facts['examples']} examples, "
-            f"{facts['tokens']} tokens, {facts['units']} "
-            f"{str(facts['unit']).removeprefix('bits/')}s)"
-        )
-        if "word_perplexity" in facts:
-            line += f"  word perplexity {facts['word_perplexity']:.1f} ({facts['words']} words)"
-        sys.stdout.write(line + "\n")
     else:
+        _print_measurement(facts)
+
+
+def _print_measurement(facts: dict[str, object]) -> None:
+    if "bits" not in facts:
         for key, value in facts.items():
             sys.stdout.write(f"{key:<20} {json.dumps(value)}\n")
+        return
+    unit = str(facts["unit"])
+    sys.stdout.write(
+        f"{facts['value']:.4f} {unit}  ({facts['examples']} examples, {facts['tokens']} tokens, "
+        f"{facts['units']} {unit.removeprefix('bits/')}s)\n"
+    )
+    if "words" in facts:
+        sys.stdout.write(
+            f"word perplexity {facts['word_perplexity']:.1f}  ({facts['words']} words and ends of "
+            "lines)\n"
+        )
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
@@ -72,6 +72,13 @@ class Evaluation:
         perplexity is counted; the text is what it is, with no word replaced by <unk>.
         """
         return 2 ** (self.bits / self.words) if self.words else None
+
+    def facts(self) -> dict[str, object]:
+        """JSON-able, of text with its word perplexity."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "words"}
+        if self.words:
+            facts |= {"words": self.words, "word_perplexity": self.word_perplexity}
+        return facts
 
 
 def evaluate(

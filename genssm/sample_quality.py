@@ -185,11 +185,12 @@ def evaluate_samples(
     ``settings``: of ``Pipeline.sample``. Raises ValueError for a classifier that is missing or of
     other data.
     """
-    train, held_out = _reference(data, pipe.codec)
+    facts: dict[str, object] = {"settings": dict(settings)}
     if pipe.modality == "text":
+        train, held_out = _reference(data, pipe.codec)
         samples = draw(pipe, count, settings, note)
         texts = [[e.raw for e in part] for part in (train, held_out)]
-        return measure_text([s.raw for s in samples], *texts)
+        return facts | measure_text([s.raw for s in samples], *texts)
     if classifier is None:
         raise ValueError(
             f"samples of {pipe.modality} are judged by a classifier; train one with "
@@ -198,9 +199,12 @@ def evaluate_samples(
     judging, report = load_classifier(classifier)
     if not _fits(judging.codec, pipe.codec):
         raise ValueError(f"the classifier {str(classifier)!r} is for other data than this model")
+    train, held_out = _reference(data, pipe.codec)
     samples = draw(pipe, count, settings, note)
     examples = [Example(s.raw, _label(pipe.codec, s.plan.tokens[0])) for s in samples]
-    facts = measure(examples, judging, train, held_out)
+    facts |= measure(examples, judging, train, held_out)
+    if pipe.codec.classes:
+        facts = {"value": facts["recognised"], "unit": "recognised", **facts}
     return facts | {"classifier accuracy": round(report.accuracy, 4)}
 
 
@@ -229,8 +233,8 @@ def _label(codec: Codec, start: int) -> str | None:
 
 def classification_accuracy(
     pipe: Pipeline, examples: Iterable[Example], limit: int | None = None
-) -> tuple[float, int]:
-    """How often the class of greatest likelihood is the right one, and of how many examples."""
+) -> dict[str, object]:
+    """How often the class of greatest likelihood is the right one, "value" of "examples"."""
     right = total = 0
     for example in islice(examples, limit):
         label = class_of(pipe.codec, example.label)
@@ -239,4 +243,4 @@ def classification_accuracy(
             right, total = right + (max(p, key=p.__getitem__) == label), total + 1
     if not total:
         raise ValueError("no example has a class that the model knows")
-    return right / total, total
+    return {"value": right / total, "unit": "accuracy", "examples": total}

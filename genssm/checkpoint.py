@@ -6,12 +6,14 @@ Nothing is pickled. Large matrices are stored in bfloat16, everything else in fl
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -238,34 +240,79 @@ def record_metric(name: str | Path, metric: str, facts: dict[str, Any]) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a new folder, then put it in the place of ``folder``."""
+    """Let ``write`` fill a new folder, then put it in the place of ``folder``.
+
+    Raises OSError when the disk is full; ``folder`` then is what it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(fresh)
-        fresh.chmod(0o755)
-        for file in fresh.iterdir():
-            file.chmod(0o644)
-        previous = folder.with_name(folder.name + ".previous")
-        if folder.exists():
+    with _space_for(folder):
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            write(fresh)
+            fresh.chmod(0o755)
+            for file in fresh.iterdir():
+                file.chmod(0o644)
+                _flush(file)
+            previous = folder.with_name(folder.name + ".previous")
+            if folder.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                folder.rename(previous)
+            fresh.rename(folder)
             shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        fresh.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it to ``path``."""
+    """Let ``write`` make a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises OSError when the disk is full; ``path`` then is what it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with _space_for(path):
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            _flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left beside their targets in ``folder``."""
+    for left in folder.glob(".*-????????*"):  # as tempfile names them
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _flush(file: Path) -> None:
+    """Wait until a file is on the disk, so that a power cut does not leave its name alone."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+@contextmanager
+def _space_for(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error)
+        if not full and not isinstance(error, SafetensorError):
+            raise
+        reason = "the disk is full" if full else str(error)
+        raise OSError(
+            f"could not write {str(path)!r}: {reason}; what was there before is still whole. Make "
+            "room and go on from there"
+        ) from error

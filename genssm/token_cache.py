@@ -45,7 +45,7 @@ def _write(path: Path, documents: Iterable[Tensor], kind: str) -> dict[str, Any]
     count = 0
     with path.open("wb") as file:
         for tokens in documents:
-            tokens.numpy().astype(kind).tofile(file)
+            file.write(tokens.numpy().astype(kind).tobytes())
             count += len(tokens)
     with path.open("rb") as file:
         return {"dtype": kind, "tokens": count, "sha256": _checksum(file)}

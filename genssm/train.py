@@ -143,6 +143,8 @@ class _Training:
         self.target = out / "checkpoint"
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
+        if world.leads:
+            checkpoints.remove_leftovers(out)
         with world.leader_first():
             self.data = prepare(recipe, data, out, start, validation_limit)
         torch.manual_seed(settings.seed)

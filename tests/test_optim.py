@@ -170,3 +170,21 @@ def test_rate_warms_up_stays_and_falls_to_zero(step: int, progress: float, facto
 
 def test_rate_needs_no_warm_up():
     assert rate(0, 0.0, warmup=0, decay=1.0) == 1.0
+
+
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_a_step_is_noticed_by_what_is_kept_between_evaluations(layer: str, make_model: MakeModel):
+    """A model evaluated before and after a step equals one that was never evaluated before."""
+    model = make_model("isotropic", layer)
+    optimizers = build_optimizers(model, lr=0.05, matrix_lr=0.02, weight_decay=0.01)
+    tokens = torch.randint(0, 20, (2, 24))
+    with torch.no_grad():
+        model(tokens)
+    (-model.log_prob(tokens).mean()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(model(tokens), copy.deepcopy(model)(tokens))
+        fresh = make_model("isotropic", layer)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(tokens), fresh(tokens))

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import errno
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,18 @@ from torch import Tensor
 
 import genssm
 from genssm import checkpoint as checkpoints
-from genssm import recipes
+from genssm import recipes, sheets
+from genssm import train as train_module
 from genssm.codec import Text
 from genssm.conversion import to_recurrent
 from genssm.data import find_split, read_examples
 from genssm.evaluate import evaluate
 from genssm.layers import LAYERS
 from genssm.model import SequenceModel
+from genssm.pipeline import Pipeline
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
+from genssm.training_report import describe
 
 modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])
 STEPS = 6  # of the trainings that are compared
@@ -151,21 +157,33 @@ def test_training_lowers_the_validation_loss_and_writes_all_it_promises(
     assert left == {"checkpoint", "log.csv", "state.safetensors"}
 
 
+# Averaged weights, parts of a batch, growing length and both descents, all at once
+EVERYTHING = {"ema": 0.9, "accumulate": 2, "first_length": 12, "grow": 0.6, "schedule": "cosine"}
+
+
 @modalities
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_interrupted_and_resumed_training_equals_the_uninterrupted_one(
-    modality: str, number: int, data: dict[str, Path], tmp_path: Path
+    modality: str, settings: dict[str, Any], number: int, data: dict[str, Path], tmp_path: Path
 ):
-    recipe, source = RECIPES[modality], data[modality]
+    """The same batches, losses, weights, averages and states of the optimizers, bit by bit."""
+    recipe, source = RECIPES[modality].changed(settings), data[modality]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(recipe, source, whole)
+    uninterrupted: list[Progress] = []
+    train(recipe, source, whole, validate_minutes=0, report=uninterrupted.append)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, source, halves, validate_minutes=0, report=interrupt_at(3, number))
     torch.manual_seed(99)  # the global state plays no part
     reports: list[Progress] = []
     train(recipe, source, halves, resume=True, validate_minutes=0, report=reports.append)
     assert [r.step for r in reports] == [4, 5, 6, 6]
+    for a, b in zip(reports, uninterrupted[3:], strict=True):
+        assert (a.loss, a.validation, a.tokens, a.length) == (
+            b.loss, b.validation, b.tokens, b.length
+        )  # fmt: skip
     assert_same_weights(halves, whole)
+    assert any(name.startswith("average.") for name in weights_of(whole)) == bool(settings)
     with (halves / "log.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -249,25 +267,183 @@ def test_best_checkpoint_is_kept_when_later_ones_are_worse(data: dict[str, Path]
     assert checkpoints.load(folder).metrics["validation subset"]["value"] == min(values)
 
 
-def test_step_without_a_finite_loss_is_left_out(
+def test_step_without_a_finite_loss_is_left_out_and_counted(
     data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    log_prob, seen = SequenceModel.log_prob, []
-
-    def sometimes_nan(self: SequenceModel, tokens: Tensor) -> Tensor:
-        seen.append({name: t.detach().clone() for name, t in self.state_dict().items()})
-        value = log_prob(self, tokens)
-        return value * torch.nan if len(seen) == 3 else value
-
-    monkeypatch.setattr(SequenceModel, "log_prob", sometimes_nan)
-    train(RECIPES["text"], data["text"], tmp_path / "out")
+    seen: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(SequenceModel, "log_prob", nan_at({3}, seen))
+    reports: list[Progress] = []
+    recipe, out = RECIPES["text"].changed({"ema": 0.5}), tmp_path / "out"
+    folder = train(recipe, data["text"], out, report=reports.append)
     assert len(seen) == STEPS
     moved = [
         any(not torch.equal(before[name], after[name]) for name in before)
         for before, after in pairwise(seen)
     ]
     assert moved == [True, True, False, True, True]
-    assert all(bool(t.isfinite().all()) for t in weights_of(tmp_path / "out").values())
+    assert all(bool(t.isfinite().all()) for t in weights_of(out).values())
+    assert reports[-1].skipped == 1
+    assert "1 steps skipped" in describe(reports[-1], "text")
+    with (out / "log.csv").open() as file:
+        assert [row["skipped"] for row in csv.DictReader(file)] == ["1"]
+    assert checkpoints.load(folder).training["skipped"] == 1
+    train(with_steps(recipe, STEPS + 1), data["text"], out, resume=True, report=reports.append)
+    assert reports[-1].skipped == 1  # it is not forgotten
+
+
+def nan_at(calls: set[int], seen: list[dict[str, Tensor]]) -> Callable[..., Tensor]:
+    """A ``log_prob`` that is NaN at some calls (all, if none are given) and notes the weights."""
+    log_prob = SequenceModel.log_prob
+
+    def sometimes_nan(self: SequenceModel, tokens: Tensor) -> Tensor:
+        seen.append({name: t.detach().clone() for name, t in self.state_dict().items()})
+        value = log_prob(self, tokens)
+        return value * torch.nan if len(seen) in calls or not calls else value
+
+    return sometimes_nan
+
+
+def test_training_without_any_finite_step_is_given_up(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(SequenceModel, "log_prob", nan_at(set(), []))
+    with pytest.raises(ValueError, match=r"100 steps in a row had no finite gradient; .* lower lr"):
+        train(with_steps(RECIPES["text"], 1000), data["text"], tmp_path / "out")
+
+
+@modalities
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_exported_checkpoint_is_as_good_as_the_trained_one(
+    modality: str, ema: float, data: dict[str, Path], tmp_path: Path
+):
+    """Within 0.002 bits per unit, though its matrices are in bfloat16.
+
+    The average, if there is one, is what is validated and shipped.
+    """
+    recipe = RECIPES[modality].changed({"ema": ema, "steps": 12})
+    reports: list[Progress] = []
+    folder = train(recipe, data[modality], tmp_path / "out", report=reports.append)
+    loaded = checkpoints.load(folder)
+    assert loaded.metrics["validation subset"]["value"] == reports[-1].validation
+    validation = find_split(data[modality], "validation", modality)
+    measured = evaluate(loaded.model, loaded.codec, read_examples(validation, loaded.codec))
+    assert measured.value == pytest.approx(reports[-1].validation, abs=0.002)
+    weights = weights_of(tmp_path / "out")
+    prefix = "average." if ema else "model."
+    name = "norm.weight"  # stored in float32
+    assert torch.equal(loaded.model.state_dict()[name], weights[prefix + name])
+    if ema:
+        assert not torch.equal(weights["average." + name], weights["model." + name])
+
+
+def test_average_is_the_mean_of_the_weights_it_has_seen(data: dict[str, Path], tmp_path: Path):
+    """Against the recursion, from the weights after each step."""
+    recipe, name = RECIPES["audio"].changed({"ema": 0.7}), "head.linear.weight"
+    seen = []
+    for steps in (1, 2, 3, 4):
+        out = tmp_path / "out"
+        train(with_steps(recipe, steps), data["audio"], out, resume=steps > 1)
+        seen.append(weights_of(out)["model." + name])
+    loaded = checkpoints.load(tmp_path / "out" / "checkpoint")
+    torch.manual_seed(recipe.train.seed)
+    expected = SequenceModel(loaded.model.config).state_dict()[name]
+    for n, weight in enumerate(seen, 1):
+        d = min(0.7, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * weight
+    torch.testing.assert_close(weights_of(tmp_path / "out")["average." + name], expected)
+
+
+def test_averaging_can_begin_late(data: dict[str, Path], tmp_path: Path):
+    """A training without an average goes on with one, which begins where it stands."""
+    recipe, out = with_steps(RECIPES["text"], 2), tmp_path / "out"
+    train(recipe, data["text"], out)
+    train(recipe.changed({"ema": 0.9}), data["text"], out, resume=True)
+    weights = weights_of(out)
+    assert torch.equal(weights["average.norm.weight"], weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_a_batch_add_up_to_the_whole(
+    parts: int, data: dict[str, Path], tmp_path: Path
+):
+    """Clips of different lengths: every target counts as much as in one batch."""
+    recipe = RECIPES["audio"].changed({"length": 20})
+    reports: dict[int, list[Progress]] = {1: [], parts: []}
+    for n, seen in reports.items():
+        changed = recipe.changed({"accumulate": n})
+        out = tmp_path / str(n)
+        train(changed, data["audio"], out, validate_minutes=0, report=seen.append)
+    for a, b in zip(reports[1], reports[parts], strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.tokens == b.tokens
+    with pytest.raises(ValueError, match=r"divisible by processes × accumulate \(1 × 3\), got 4"):
+        train(recipe.changed({"accumulate": 3}), data["audio"], tmp_path / "three")
+
+
+def test_length_grows_by_doubling(data: dict[str, Path], tmp_path: Path):
+    recipe = RECIPES["text"].changed({"first_length": 6, "grow": 0.6, "steps": 10})
+    reports: list[Progress] = []
+    train(recipe, data["text"], tmp_path / "out", validate_minutes=0, report=reports.append)
+    tokens = np.diff([0, *(r.tokens for r in reports[:-1])])
+    assert (tokens / 4).tolist() == [6, 6, 12, 12, 24, 24, *[48] * 4]
+
+
+def test_log_with_other_columns_is_continued(data: dict[str, Path], tmp_path: Path):
+    recipe, log = RECIPES["text"], tmp_path / "out" / "log.csv"
+    train(with_steps(recipe, 2), data["text"], tmp_path / "out")
+    log.write_text("step,minutes,loss\n2,0.1,7.5\n")
+    train(with_steps(recipe, 3), data["text"], tmp_path / "out", resume=True)
+    with log.open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["step"], first["loss"], first["validation"]) == ("2", "7.5", "")
+    assert second["step"] == "3"
+    assert float(second["validation"]) > 0
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reports: list[Progress] = []
+    out = tmp_path / "out"
+    train(RECIPES["text"], data["text"], out, tensorboard=True, validate_minutes=0,
+          report=reports.append)  # fmt: skip
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r.loss for r in reports])
+    assert [e.step for e in events.Scalars("validation")] == [r.step for r in reports]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"TensorBoard is not installed; pip install"):
+        train(RECIPES["text"], data["text"], tmp_path / "other", tensorboard=True)
+
+
+@modalities
+def test_sheets_show_what_the_model_makes(
+    modality: str, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_module, "write_sheet", partial(sheets.write_sheet, engine="eager"))
+    monkeypatch.setattr(sheets, "_TEXT_TOKENS", 20)
+    recipe, out = with_steps(RECIPES[modality], 1), tmp_path / "out"
+    if modality == "audio":  # two seconds of sound take a while
+        plan = Pipeline._length
+        monkeypatch.setattr(Pipeline, "_length", lambda self, n, m: min(60, plan(self, n, m)))
+    train(recipe, data[modality], out, sheet_minutes=1000)
+    suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[modality]
+    (sheet,) = (out / "samples").iterdir()
+    assert sheet.name == f"step-00000001{suffix}"
+    if modality == "text":
+        assert sheet.read_text().count("----") == 2
+    elif modality == "image":
+        import PIL.Image
+
+        with PIL.Image.open(sheet) as picture:
+            assert picture.size == (4 * 4 + 3 * 2, 4 * 4 + 3 * 2)  # 4 × 4 pictures, gaps of 2
+    else:
+        import soundfile
+
+        assert soundfile.info(sheet).samplerate == 8000
 
 
 def test_pictures_are_read_from_class_folders_too(
@@ -280,6 +456,43 @@ def test_pictures_are_read_from_class_folders_too(
             write_picture(tmp_path / "folders" / split / label / f"{i:03}.png", picture)
     folder = train(with_steps(RECIPES["image"], 2), tmp_path / "folders", tmp_path / "out")
     assert checkpoints.load(folder).codec.labels == ("dark", "bright")
+
+
+# What ends a training from outside
+
+
+def test_full_disk_is_named_and_the_last_save_stays_whole(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, out = RECIPES["text"], tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, data["text"], out, validate_minutes=0, report=interrupt_at(2, signal.SIGTERM))
+    before = weights_of(out)
+
+    def full(tensors: object, file: Path, *_: object) -> None:
+        Path(file).write_bytes(b"a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match=r"could not write .*the disk is full; what was there be"):
+            train(recipe, data["text"], out, resume=True, save_minutes=0)
+    assert all(torch.equal(t, before[name]) for name, t in weights_of(out).items())
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    checkpoints.load(out / "checkpoint")
+    train(recipe, data["text"], out, resume=True)
+    train(recipe, data["text"], tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
+
+
+def test_what_killed_writers_left_is_removed(data: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    train(with_steps(RECIPES["text"], 1), data["text"], out)
+    (out / ".checkpoint-ab12cd34").mkdir()
+    (out / ".state-ab12cd34.safetensors").touch()
+    (out / ".mine").touch()
+    train(with_steps(RECIPES["text"], 2), data["text"], out, resume=True)
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".mine"]
 
 
 # Refusals

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
-from genssm.stepper import CompiledModel, Memory, block_sizes
+from genssm.stepper import CompiledModel, Draws, Memory
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
+BLOCK = 32  # tokens of a sample that the compiled loop draws at once, after 1, 2, 4, …
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
 TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
@@ -89,6 +90,8 @@ class Generation:
         self._seen = torch.zeros(len(indices), logits.shape[-1], dtype=torch.bool)
         self._seen[:, start.tokens[start.tokens < logits.shape[-1]]] = True
         self._pending: Tensor | None = None  # drawn, not yet read by the model
+
+    ahead = 0  # steps that are drawn already: none
 
     def step(self) -> list[Drawn]:
         """Draw one token for every active sample."""
@@ -192,22 +195,77 @@ class CompiledGeneration:
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
         self._parts, self.threads = self._shared_out(_Part(list(self.active), memory, seen))
-        self._sizes = block_sizes()
+        self._position, self._size = len(start.tokens), 1
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
+        self._error: NotFiniteError | None = None
+
+    @property
+    def ahead(self) -> int:
+        """Steps that are drawn already."""
+        return len(self._ahead)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Phase and length of the next block; generations of equal ones may share it.
+
+        Blocks are short at first, so that the first token comes soon, and then end at multiples of
+        the model's period, whatever the prompt's length.
+        """
+        size, period = self._size, self.model.config.period
+        if size >= period:
+            size -= (self._position + size) % period
+        return self._position % period, size
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, without those that have finished since the last block."""
+        return len(self.active) * (1 if self.guidance == 1 else 2)
 
     def step(self) -> list[Drawn]:
         """Draw one token for every active sample."""
         if not self.active:
             return []
         if not self._ahead:
-            active = set(self.active)
-            parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
-            self._parts = [part for part in parts if part.held]
-            if self._snapshots:
-                self._begun = self._joined(self._parts)
-            self._ahead = self._drawn(self._parts, next(self._sizes))
+            draw_ahead([self])
+        if self._error is not None:
+            raise self._error
         active = set(self.active)
         return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
+
+    def _draws(self, size: int) -> list[Draws]:
+        """What decides the next block, part by part."""
+        active = set(self.active)
+        parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
+        self._parts = [part for part in parts if part.held]
+        if self._snapshots:
+            self._begun = self._joined(self._parts)
+        return [
+            Draws(
+                part.memory,
+                np.stack([self._streams[i].take(size) for i in part.held]),
+                self.config,
+                part.seen,
+                self.guidance,
+            )
+            for part in self._parts
+        ]
+
+    def _take(self, blocks: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """The next steps of all samples: tokens and bits of each part."""
+        size = blocks[0][0].shape[1]
+        self._position, self._size = self._position + size, min(2 * self._size, BLOCK)
+        if not all(np.isfinite(bits).all() for _, bits in blocks):
+            self._error = NotFiniteError(self.model.model)
+        parts = zip(self._parts, blocks, strict=True)
+        rows = [
+            (sample, *drawn)
+            for part, (tokens, bits) in parts
+            for sample, *drawn in zip(part.held, tokens.tolist(), bits.tolist(), strict=True)
+        ]
+        self._ahead = [
+            [Drawn(sample, tokens[t], bits[t]) for sample, tokens, bits in rows]
+            for t in reversed(range(size))
+        ]
 
     def finish(self, samples: set[int]) -> None:
         """Take samples out of the batch; the others go on as if nothing happened."""
@@ -233,22 +291,6 @@ class CompiledGeneration:
         held = [part.held[row] for row in rows]
         every = [row + i for i in range(0, part.memory.batch, len(part.held)) for row in rows]
         return _Part(held, self.model.rows(part.memory, every), part.seen[rows])
-
-    def _drawn(self, parts: list[_Part], size: int) -> list[list[Drawn]]:
-        """The next ``size`` steps of all samples, the last first."""
-
-        def draw_part(part: _Part) -> list[list[Drawn]]:
-            uniforms = np.stack([self._streams[i].take(size) for i in part.held])
-            tokens, bits = self.model.generate(
-                part.memory, uniforms, self.config, part.seen, self.guidance
-            )
-            if not np.isfinite(bits).all():
-                raise NotFiniteError(self.model.model)
-            steps = zip(tokens.T.tolist(), bits.T.tolist(), strict=True)
-            return [[Drawn(*d) for d in zip(part.held, *step, strict=True)] for step in steps]
-
-        steps = zip(*in_threads(draw_part, parts, self.threads), strict=True)
-        return [[drawn for part in step for drawn in part] for step in steps][::-1]
 
     def _shared_out(self, whole: _Part) -> tuple[list[_Part], int]:
         """The samples in groups, and how many threads step these: what a short trial likes best.
@@ -287,11 +329,28 @@ class CompiledGeneration:
 
         def draw_part(part: _Part) -> None:
             uniforms = np.full((len(part.held), steps), 0.5)
-            self.model.generate(part.memory, uniforms, self.config, part.seen, self.guidance)
+            draws = Draws(part.memory, uniforms, self.config, part.seen, self.guidance)
+            self.model.generate(draws)
 
         started = time.perf_counter()
         in_threads(draw_part, copies, threads)
         return time.perf_counter() - started
+
+
+def draw_ahead(generations: Sequence[CompiledGeneration]) -> None:
+    """Draw the next block of each; several of one model and one ``place`` are one batch.
+
+    What they draw does not depend on their company, to the last bit.
+    """
+    first = generations[0]
+    draws = [generation._draws(first.place[1]) for generation in generations]
+    if len(generations) == 1:
+        blocks = [in_threads(first.model.generate, draws[0], first.threads)]
+    else:
+        together = iter(first.model.generate_together([d for each in draws for d in each]))
+        blocks = [[next(together) for _ in each] for each in draws]
+    for generation, block in zip(generations, blocks, strict=True):
+        generation._take(block)
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:

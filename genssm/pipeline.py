@@ -19,7 +19,7 @@ from genssm import states
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.engine import Reading, Snapshot, begin, read
+from genssm.engine import CompiledGeneration, Drawn, Generation, Reading, Snapshot, begin, read
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.recipe import MOST_TOKENS, Recipe, RecipeError
@@ -113,35 +113,59 @@ class Session:
     def seed(self) -> int:
         return self.plan.seed
 
+    @property
+    def generation(self) -> Generation | CompiledGeneration:
+        """What draws, and which samples are not finished."""
+        return self._generation
+
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
-        every = self._snapshot_every
         while self._generation.active:
+            yield from self._step()
+
+    def ready(self) -> list[tuple[int, Raw]]:
+        """The pieces of the next step and of all that are drawn already."""
+        pieces = self._step()
+        while self._generation.active and self._generation.ahead:
+            pieces += self._step()
+        return pieces
+
+    def _step(self) -> list[tuple[int, Raw]]:
+        """One step of all samples; returns the pieces that became whole."""
+        every, read = self._snapshot_every, 0
+        if every:
             read = max(map(len, self.tokens))  # drawn tokens that this step will have read
-            done: dict[int, str] = {}
-            pieces: list[tuple[int, Raw]] = []
-            for drawn in self._generation.step():
-                i = drawn.sample
-                self.tokens[i].append(drawn.token)
-                self.token_bits[i].append(drawn.bits)
-                if drawn.token == self.codec.boundary:
-                    done[i] = "end"
-                else:
-                    piece = self._decoders[i].push(drawn.token)
-                    if piece is not None:
-                        pieces.append((i, piece))
-                        if self._stopped(i, piece):
-                            done[i] = "stop"
-                    if len(self.tokens[i]) >= self.plan.max_tokens:
-                        done.setdefault(i, "length")
-                if i in done and done[i] != "stop":
-                    rest = self._decoders[i].flush()
-                    if rest is not None:
-                        pieces.append((i, rest))
-            if every and read and read % every == 0:
-                self._snapshots.append(self._generation.snapshot())
+        done: dict[int, str] = {}
+        pieces: list[tuple[int, Raw]] = []
+        for drawn in self._generation.step():
+            pieces += self._piece(drawn, done)
+        if every and read and read % every == 0:
+            self._snapshots.append(self._generation.snapshot())
+        if done:
             self._finish(done)
-            self.seconds = time.perf_counter() - self.started
-            yield from pieces
+        self.seconds = time.perf_counter() - self.started
+        return pieces
+
+    def _piece(self, drawn: Drawn, done: dict[int, str]) -> list[tuple[int, Raw]]:
+        """What one drawn token makes whole; ``done`` takes the sample if it ends."""
+        i = drawn.sample
+        self.tokens[i].append(drawn.token)
+        self.token_bits[i].append(drawn.bits)
+        whole: list[Raw] = []
+        if drawn.token == self.codec.boundary:
+            done[i] = "end"
+        else:
+            piece = self._decoders[i].push(drawn.token)
+            if piece is not None:
+                whole.append(piece)
+                if self._stopped(i, piece):
+                    done[i] = "stop"
+            if len(self.tokens[i]) >= self.plan.max_tokens:
+                done.setdefault(i, "length")
+        if i in done and done[i] != "stop":
+            rest = self._decoders[i].flush()
+            if rest is not None:
+                whole.append(rest)
+        return [(i, piece) for piece in whole]
 
     def _finish(self, done: dict[int, str]) -> None:
         for i, reason in done.items():

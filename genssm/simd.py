@@ -632,7 +632,10 @@ def pointwise(code, work, source, target, width, batch):
 
 @njit(**_OPTIONS)
 def gather_taps(work, target, width, history, taps, prediction, phases, constants, table, position):
-    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction."""
+    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction.
+
+    All rows have the phase of ``position``.
+    """
     last = history.shape[1]
     for row in range(history.shape[0]):
         predicted = f32(0.0)
@@ -644,6 +647,8 @@ def gather_taps(work, target, width, history, taps, prediction, phases, constant
             work[target + row * width + k] = value
             if table >= 0:
                 predicted += value * constants[table + position % phases * width + k]
+        for k in range(len(taps), width):
+            work[target + row * width + k] = f32(0.0)
         if table >= 0:
             work[prediction + row * PANEL] = predicted
 
@@ -725,17 +730,18 @@ def logistics(work, source, target, prediction, size, width, mixtures, scratch):
 
 
 @njit(**_OPTIONS)
-def embed(tokens, t, history, kept, position, work, target, width, constants, table):
+def embed(tokens, t, reads, history, kept, positions, work, target, width, constants, table):
     """The rows of the embedding; the token joins the history, the oldest leaves it.
 
-    ``kept`` columns of the history before it hold the first token.
+    Row r reads the token of sample reads[r]. ``kept`` columns of the history before it hold the
+    first token.
     """
     for row in range(history.shape[0]):
         for k in range(kept + 1, history.shape[1]):
             history[row, k - 1] = history[row, k]
-        token = tokens[row % len(tokens), t]
+        token = tokens[reads[row], t]
         history[row, -1] = token
-        if kept and position == 0:
+        if kept and positions[row] == 0:
             history[row, 0] = token
         for i in range(0, width, LANES):
             store(work, target + row * width + i, load(constants, table + token * width + i))
@@ -752,12 +758,13 @@ def add_condition(history, work, target, width, constants, table):
 
 
 @njit(**_OPTIONS)
-def add_position(position, rows, columns, channels, work, target, width, constants, table, batch):
+def add_position(positions, rows, columns, channels, work, target, width, constants, table):
     """Add the embeddings of row, column and channel of a place in an image."""
-    row = table + min(position // (columns * channels), rows - 1) * width
-    column = table + (rows + position // channels % columns) * width
-    channel = table + (rows + columns + position % channels) * width
-    for b in range(batch):
+    for b in range(len(positions)):
+        position = positions[b]
+        row = table + min(position // (columns * channels), rows - 1) * width
+        column = table + (rows + position // channels % columns) * width
+        channel = table + (rows + columns + position % channels) * width
         for i in range(0, width, LANES):
             x = add(load(work, target + b * width + i), load(constants, row + i))
             x = add(add(x, load(constants, column + i)), load(constants, channel + i))
@@ -777,11 +784,12 @@ def enter_pool(work, x, width, group, queue, stride, phase, batch):
 
 @njit(**_OPTIONS)
 def advance(  # noqa: PLR0912
-    program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t, position,
-    scratch,
+    program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t, reads,
+    positions, scratch,
 ):  # fmt: skip
     """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``."""
     batch = history.shape[0]
+    position = positions[0]  # whose phase in the pools and channels is that of all rows
     line = 0
     while line < len(program):
         code, source, target = program[line, 0], program[line, 1], program[line, 2]
@@ -791,7 +799,7 @@ def advance(  # noqa: PLR0912
         line += 1
         x, y = source * batch, target * batch
         if code == EMBED:  # size: columns of the history that hold the first token
-            embed(tokens, t, history, size, position, work, y, width, constants, table)
+            embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
         elif code == CONDITION:
             add_condition(history, work, y, width, constants, table)
         elif code == TAPS:  # source: the prediction; size: phases
@@ -801,7 +809,7 @@ def advance(  # noqa: PLR0912
             linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
                    constants, table + phase * more, digits * batch, batch)  # fmt: skip
         elif code == POSITION:  # size, extra, more: rows, columns, channels
-            add_position(position, size, extra, more, work, y, width, constants, table, batch)
+            add_position(positions, size, extra, more, work, y, width, constants, table)
         elif code == NORM:  # size: features that are no padding
             for b in range(batch):
                 norm(work, x + b * width, y + b * width, width, size, constants, table)
@@ -983,36 +991,39 @@ def draw(
 
 @njit(**_OPTIONS)
 def run(
-    program, wide, kind, matrices, constants, taps, work, digits, history, position,
-    logits, size, width, tokens, bits, given, scored, uniforms, settings, seen,
+    program, wide, kind, matrices, constants, taps, work, digits, history, positions, reads,
+    logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
     weights, keys, changed, histogram, scratch,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
-    ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
-    tokens, bits, uniforms (B, n); seen (B, size) bool; history (B or 2 B, [1 +] reach + 1) int64:
-    2 B rows are two streams of the same tokens, of which the second guides. ``logits`` is a region
-    of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The other arrays are room
-    for intermediate results.
+    Of S samples: tokens, bits, uniforms (S, n), seen (S, size) bool, settings (S, 6) as of
+    ``draw``, streams (S, 2): the row that a sample is drawn from, and the row that guides it or the
+    same again. Of the rows: history (B, [1 +] reach + 1), positions and reads (B,), the tokens read
+    so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
+    period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
+    ``logits`` is a region of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The
+    other arrays are room for intermediate results.
     """
     before = flush_denormals()
     batch = history.shape[0]
-    samples = len(tokens)
     for t in range(tokens.shape[1]):
-        for b in range(samples):
-            own = logits * batch + b * width
+        for s in range(len(tokens)):
+            own = logits * batch + streams[s, 0] * width
             if t >= given:
                 token, cost = draw(
-                    work, own, own + (batch - samples) * width, size, width, settings, seen[b],
-                    uniforms[b, t], weights, keys, changed, histogram,
+                    work, own, logits * batch + streams[s, 1] * width, size, width, settings[s],
+                    seen[s], uniforms[s, t], weights, keys, changed, histogram,
                 )  # fmt: skip
-                tokens[b, t] = token
-                bits[b, t] = cost
+                tokens[s, t] = token
+                bits[s, t] = cost
             elif scored:
                 whole = log_sum(work, own, size, width, weights)
-                bits[b, t] = (whole - work[own + tokens[b, t]]) / np.log(2.0)
+                bits[s, t] = (whole - work[own + tokens[s, t]]) / np.log(2.0)
         advance(
             program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t,
-            position + t, scratch,
+            reads, positions, scratch,
         )  # fmt: skip
+        for b in range(batch):
+            positions[b] += 1
     restore_denormals(before)

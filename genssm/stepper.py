@@ -7,8 +7,10 @@ norms and embeddings stay in float32. Prompts are still read by the converted mo
 from __future__ import annotations
 
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -100,7 +102,7 @@ class Room:
 class Memory:
     """All that a batch of sequences remembers, changed in place by every step."""
 
-    position: int  # tokens read
+    positions: Array  # (B,) int64: tokens read, equal modulo the model's period
     history: Array  # (B, reach + 1) int64: the last tokens, for the taps
     work: Array  # float32: states, activations and logits, in regions of B rows
     room: Room
@@ -108,6 +110,22 @@ class Memory:
     @property
     def batch(self) -> int:
         return len(self.history)
+
+    @property
+    def position(self) -> int:
+        """Tokens read, of the first row."""
+        return int(self.positions[0])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples whose next tokens are to be drawn, with all that decides them."""
+
+    memory: Memory  # their rows; if they are guided, then those of the guides in the same order
+    uniforms: Array  # (S, n): n tokens a sample
+    config: SamplingConfig
+    seen: Array  # (S, V) bool: what the repetition penalty holds down; drawn tokens join it
+    guidance: float = 1.0  # logits are guide + guidance·(own - guide)
 
 
 @dataclass(frozen=True)
@@ -484,6 +502,7 @@ class CompiledModel:
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
         self._wide = _has_wide_vectors()
+        self._thread = threading.local()  # room of each thread that steps
         self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
 
     def _build(self, digits: bool) -> None:
@@ -524,7 +543,8 @@ class CompiledModel:
         # One column more than in a state: the token that is being read.
         history = np.insert(state.history.numpy(), self._kept_columns, -1, axis=1)
         work = zeros(self._size * batch, np.float32)
-        memory = Memory(int(state.position), history, work, Room(self._width))
+        positions = np.full(batch, int(state.position), np.int64)
+        memory = Memory(positions, history, work, Room(self._width))
         for slot, part in zip(self._slots, state.layers, strict=True):
             slot.load(memory, part)
         if logits is not None:
@@ -534,7 +554,8 @@ class CompiledModel:
         return memory
 
     def save(self, memory: Memory) -> State:
-        """The state that a memory holds."""
+        """The state that a memory of rows of one position holds."""
+        assert (memory.positions == memory.position).all()
         return State(
             torch.tensor(memory.position),
             torch.from_numpy(np.delete(memory.history, self._kept_columns, axis=1)),
@@ -549,10 +570,40 @@ class CompiledModel:
     def rows(self, memory: Memory, index: list[int]) -> Memory:
         """A memory of the batch rows ``index``, to the last bit."""
         work = zeros(self._size * len(index), np.float32)
-        result = Memory(memory.position, memory.history[index], work, Room(self._width))
+        positions, history = memory.positions[index], memory.history[index]
+        result = Memory(positions, history, work, Room(self._width))
         for offset, width in self._kept:
             region(result, offset, width)[:] = region(memory, offset, width)[index]
         return result
+
+    @contextmanager
+    def _joined(self, memories: list[Memory]) -> Iterator[Memory]:
+        """One memory of all rows, which go back to where they came from."""
+        if len(memories) == 1:
+            yield memories[0]
+            return
+        ends = np.cumsum([m.batch for m in memories])
+        needed = self._size * int(ends[-1])
+        if len(getattr(self._thread, "work", ())) < needed:
+            self._thread.work = zeros(needed, np.float32)
+        whole = Memory(
+            np.concatenate([m.positions for m in memories]),
+            np.concatenate([m.history for m in memories]),
+            self._thread.work[:needed],
+            memories[0].room,
+        )
+        slices = [slice(end - m.batch, end) for end, m in zip(ends, memories, strict=True)]
+        for offset, width in self._kept:
+            rows = region(whole, offset, width)
+            for memory, part in zip(memories, slices, strict=True):
+                rows[part] = region(memory, offset, width)
+        yield whole
+        for offset, width in self._kept:
+            rows = region(whole, offset, width)
+            for memory, part in zip(memories, slices, strict=True):
+                region(memory, offset, width)[:] = rows[part]
+        for memory, part in zip(memories, slices, strict=True):
+            memory.positions[:], memory.history[:] = whole.positions[part], whole.history[part]
 
     def step(self, token: Tensor, memory: Memory) -> Tensor:
         """Read one token (B,) → logits (B, V) of the next."""
@@ -576,26 +627,28 @@ class CompiledModel:
         tokens = tokens.astype(np.int64)
         self._check(tokens)
         seen = np.zeros((memory.batch, self.config.n_outputs), np.bool_)
-        room, count = np.zeros(tokens.shape), tokens.shape[1]
-        return self._run(memory, tokens, count, room, SamplingConfig(), seen, scored=scored)
+        draws = Draws(memory, np.zeros(tokens.shape), SamplingConfig(), seen)
+        return self._run(memory, [draws], tokens, given=tokens.shape[1], seen=seen, scored=scored)
 
-    def generate(
-        self,
-        memory: Memory,
-        uniforms: Array,
-        config: SamplingConfig,
-        seen: Array,
-        guidance: float = 1.0,
-    ) -> tuple[Array, Array]:
-        """Draw and read n tokens a sample: uniforms (B, n) → tokens (B, n) and their bits (B, n).
+    def generate(self, draws: Draws) -> tuple[Array, Array]:
+        """Draw and read n tokens a sample: tokens (S, n) and their bits (S, n)."""
+        return self.generate_together([draws])[0]
 
-        ``seen (B, V)`` bool marks what the repetition penalty holds down; drawn tokens join it.
-        A memory of 2 B rows holds two streams of the samples: logits are drawn from
-        second + guidance·(first - second), and both read what was drawn.
+    def generate_together(self, draws: Sequence[Draws]) -> list[tuple[Array, Array]]:
+        """``generate`` for several, as one batch, to the same last bit.
+
+        Their n must be equal, and their positions modulo the model's period.
         """
-        tokens = np.zeros(uniforms.shape, np.int64)
-        bits = self._run(memory, tokens, 0, uniforms, config, seen, guidance)
-        return tokens, bits
+        seen = draws[0].seen if len(draws) == 1 else np.concatenate([d.seen for d in draws])
+        tokens = np.zeros((len(seen), draws[0].uniforms.shape[1]), np.int64)
+        with self._joined([d.memory for d in draws]) as memory:
+            bits = self._run(memory, draws, tokens, seen=seen)
+        result, end = [], 0
+        for d in draws:
+            part = slice(end, end := end + len(d.seen))
+            d.seen[:] = seen[part]
+            result.append((tokens[part], bits[part]))
+        return result
 
     def _check(self, tokens: Array) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -605,36 +658,39 @@ class CompiledModel:
             )
 
     def _run(
-        self, memory: Memory, tokens: Array, given: int, uniforms: Array, config: SamplingConfig,
-        seen: Array, guidance: float = 1.0, scored: bool = False,
+        self, memory: Memory, draws: Sequence[Draws], tokens: Array, *, seen: Array, given: int = 0,
+        scored: bool = False,
     ) -> Array:  # fmt: skip
-        """``simd.run``; returns the bits of the tokens."""
-        settings = np.array(
-            [config.repetition_penalty, config.temperature, config.top_k, config.top_p,
-             config.min_p, guidance], np.float64
-        )  # fmt: skip
-        bits = np.zeros(tokens.shape)
-        room = memory.room
+        """``simd.run``; returns the bits of the tokens (S, n)."""
+        room, bits = memory.room, np.zeros(tokens.shape)
+        uniforms = np.concatenate([d.uniforms for d in draws])
+        settings = np.concatenate([[_settings(d)] * len(d.seen) for d in draws])
+        streams, reads, row = [], [], 0
+        for d in draws:
+            samples, rows = len(d.seen), d.memory.batch
+            own = np.arange(row, row + samples)
+            streams.append(np.stack([own, own + rows - samples], 1))
+            reads.append(np.tile(np.arange(samples) + sum(map(len, streams[:-1])), rows // samples))
+            row += rows
         self._simd.run(
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
-            memory.work, self._digits, memory.history, memory.position, self._logits,
-            self.config.n_outputs, self._width, tokens, bits, given, scored, uniforms,
-            settings, seen,
-            room.weights, room.weights.view(np.int32), room.changed, room.histogram, room.scratch,
+            memory.work, self._digits, memory.history, memory.positions, np.concatenate(reads),
+            self._logits, self.config.n_outputs, self._width, tokens, bits, given, scored, uniforms,
+            settings, np.concatenate(streams), seen, room.weights, room.weights.view(np.int32),
+            room.changed, room.histogram, room.scratch,
         )  # fmt: skip
-        memory.position += tokens.shape[1]
         return bits
+
+
+def _settings(draws: Draws) -> list[float]:
+    """What ``simd.draw`` takes."""
+    c = draws.config
+    return [
+        c.repetition_penalty, c.temperature, c.top_k, c.top_p, c.min_p, draws.guidance
+    ]  # fmt: skip
 
 
 def _has_wide_vectors() -> bool:
     import llvmlite.binding
 
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
-
-
-def block_sizes(largest: int = 32) -> Iterator[int]:
-    """How many tokens to draw at once: few at first, so that the first comes soon."""
-    size = 1
-    while True:
-        yield size
-        size = min(2 * size, largest)

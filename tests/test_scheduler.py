@@ -4,7 +4,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from genssm.checkpoint import Checkpoint
 from genssm.codec import Codec
+from genssm.engine import CompiledGeneration, draw_ahead
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
 from genssm.scheduler import BusyError, Job, Scheduler
@@ -33,17 +34,28 @@ def scheduler(pipe: Pipeline) -> Iterator[Scheduler]:
     scheduler.close()
 
 
-def test_results_do_not_depend_on_the_company(scheduler: Scheduler, pipe: Pipeline):
+def test_results_do_not_depend_on_the_company(
+    scheduler: Scheduler, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    companies: list[int] = []
+
+    def counted(generations: Sequence[CompiledGeneration]) -> None:
+        companies.append(len(generations))
+        draw_ahead(generations)
+
+    monkeypatch.setattr("genssm.scheduler.draw_ahead", counted)
     settings = [
         {"count": 1 + i % 3, "max_tokens": 30 + 17 * i, "seed": i, "temperature": 0.7 + i / 10}
         for i in range(6)
     ]
-    jobs = [scheduler.submit("one", **s) for s in settings]
-    for job, s in zip(jobs, settings, strict=True):
-        expected = pipe.sample("one", **s)
+    prompts = ["one", "two", np.zeros(9, np.float32), None, "one", np.zeros(20, np.float32)]
+    jobs = [scheduler.submit(p, **s) for p, s in zip(prompts, settings, strict=True)]
+    for job, prompt, s in zip(jobs, prompts, settings, strict=True):
+        expected = pipe.sample(prompt, **s)
         assert [sample.tokens for sample in job.run()] == [sample.tokens for sample in expected]
         assert [s.token_bits for s in job.samples()] == [s.token_bits for s in expected]
     assert scheduler.busy == 0
+    assert max(companies) > 1
 
 
 def test_requests_may_come_from_many_threads(scheduler: Scheduler, pipe: Pipeline):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,14 @@ from torch import Tensor
 import genssm
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Drawn, Generation, begin, read
+from genssm.engine import CompiledGeneration, Drawn, Generation, begin, draw_ahead, read
 from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.sampling import RandomStream, SamplingConfig, probabilities
 from genssm.stepper import (
     SCORED,
     CompiledModel,
+    Draws,
     UnsupportedError,
-    block_sizes,
     check_choice,
     choose,
     describe,
@@ -243,7 +242,8 @@ def test_filters_equal_the_eager_ones_on_a_large_vocabulary(make_model: MakeMode
         cdf = p[0].cumsum(-1).numpy()
         for uniform in uniforms:
             memory, seen = compiled.load(state, logits), np.zeros((1, 2999), np.bool_)
-            token = compiled.generate(memory, np.full((1, 1), uniform), config, seen)[0][0, 0]
+            draws = Draws(memory, np.full((1, 1), uniform), config, seen)
+            token = compiled.generate(draws)[0][0, 0]
             assert p[0, token] > 0
             reached = cdf[token] / cdf[-1]  # rounding may move a boundary between tokens a little
             assert uniform - 1e-5 <= reached <= uniform + float(p[0, token]) + 1e-5
@@ -262,7 +262,7 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
         memory = compiled.load(state.rows(rows), logits[rows])
         uniforms = np.array([[stream.next()] for stream in streams])
         seen = np.zeros((64, logits.shape[-1]), np.bool_)
-        tokens += compiled.generate(memory, uniforms, config, seen)[0][:, 0].tolist()
+        tokens += compiled.generate(Draws(memory, uniforms, config, seen))[0][:, 0].tolist()
     p = probabilities(logits, config)[0].numpy()
     counts = np.bincount(tokens, minlength=len(p))
     assert counts[p == 0].sum() == 0
@@ -330,8 +330,60 @@ def test_shipped_models_draw_the_same_tokens(name: str) -> None:
         assert [d.bits for d in sample] == pytest.approx([d.bits for d in expected], abs=1e-3)
 
 
-def test_blocks_grow_from_one_token() -> None:
-    assert list(islice(block_sizes(), 7)) == [1, 2, 4, 8, 16, 32, 32]
+@pytest.mark.parametrize("kind", ["isotropic", "pooled"])
+def test_blocks_grow_from_one_token_and_then_end_with_the_period(
+    make_model: MakeModel, kind: str
+) -> None:
+    model = to_recurrent(make_model(kind))
+    generation = begin(
+        CompiledModel(model), read(model, PROMPT), SamplingConfig(), seed=0, indices=[0]
+    )
+    assert isinstance(generation, CompiledGeneration)
+    sizes = []
+    for _ in range(8):
+        assert generation.place[0] == (len(PROMPT) + sum(sizes)) % model.config.period
+        sizes.append(generation.place[1])
+        drawn(generation, sizes[-1])
+        assert generation.ahead == 0
+    period = {"isotropic": [1, 2, 4, 8, 16, 32, 32, 32], "pooled": [1, 2, 4, 7, 12, 30, 30, 30]}
+    assert sizes == period[kind]
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_generations_that_share_a_block_draw_what_they_would_alone(
+    make_model: MakeModel, kind: str
+) -> None:
+    """Of other prompts, positions, settings, seeds, counts and with guides; they come and go."""
+    model = CompiledModel(to_recurrent(make_model(kind)))
+    period = model.config.period
+    prompts = [torch.randint(0, 20, (3 + i * period,)) for i in range(4)]
+    label = model.config.vocab_size - 1
+    for prompt in prompts:
+        prompt[0] = label
+
+    def start(i: int) -> CompiledGeneration:
+        guide = read(model, torch.cat([torch.tensor([label - 1]), prompts[i][1:]]))
+        generation = begin(
+            model, read(model, prompts[i]), SETTINGS[i + 2], seed=i, indices=range(1 + i % 3),
+            guide=guide if i == 2 else None, guidance=1.5 if i == 2 else 1.0,
+        )  # fmt: skip
+        assert isinstance(generation, CompiledGeneration)
+        return generation
+
+    expected = [drawn(start(i), 63) for i in range(4)]
+    generations = [start(i) for i in range(4)]
+    results: list[list[list[Drawn]]] = [[] for _ in generations]
+    for block in range(5):  # the third leaves after two blocks, the last draws the third one alone
+        company = [0, 1, 2, 3] if block < 2 else [0, 1] if block == 2 else [0, 1, 3]
+        if block == 2:
+            draw_ahead([generations[3]])
+        draw_ahead([generations[i] for i in company])
+        for i in {*company, 3}:
+            results[i] += [generations[i].step() for _ in range(generations[i].ahead)]
+    assert [len(steps) > 15 for steps in results] == [True, True, False, True]
+    for i, steps in enumerate(results):
+        for step, row in zip(steps, zip(*expected[i], strict=True), strict=False):
+            assert step == list(row)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from genssm import hippo, ssm
@@ -112,14 +111,14 @@ class TrainedLayer(nn.Module, ABC):
                 f"got {tuple(u.shape)} {u.dtype}"
             )
         with torch.autocast(u.device.type, enabled=False):
-            x = rearrange(u.to(self.D.dtype), "b l h -> b h l").contiguous()
+            x = u.to(self.D.dtype)
             D = self.D.unflatten(0, (self.d_model, self.channels))
-            kernel = self._kernel_of(x.shape[-1], rate)
+            kernel = self._kernel_of(x.shape[1], rate)
             y = ssm.fft_convolution(x, kernel[:, : self.channels], D)
             if self.bidirectional:  # the second kernel begins at the next position
-                behind = ssm.fft_convolution(x.flip(-1), kernel[:, self.channels :], 0 * D).flip(-1)
-                y = y + F.pad(behind[..., 1:], (0, 1))
-            return rearrange(y, "b h l -> b l h")
+                behind = ssm.fft_convolution(x.flip(1), kernel[:, self.channels :], 0 * D).flip(1)
+                y = y + F.pad(behind[:, 1:], (0, 0, 0, 1))
+            return y
 
     def _kernel_of(self, length: int, rate: float) -> Tensor:
         """``kernel``, kept between calls that need no gradient while no parameter changes."""

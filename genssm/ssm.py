@@ -154,28 +154,61 @@ def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
 
     ``c (H, M, n)`` and ``log_a (H, n)`` complex → ``(H, M, length)`` real. With k = factor·j + i
     the Vandermonde matrix is the outer product of exp(factor·j·log_a) and exp(i·log_a), so the
-    (H, n, L) tensor is never made: one batched product of two small real matrices, with O(n √L)
-    exponentials per feature. They are made in the precision of ``log_a`` and rounded to that of
-    ``c``: phases grow with k, and where modes hardly decay float32 would lose them.
+    (H, n, L) tensor is never made: one batched product of two small real matrices, of O(n √L)
+    powers per feature. They are made in the precision of ``log_a`` and rounded to that of ``c``:
+    phases grow with k, and where modes hardly decay float32 would lose them.
     """
     _check_length(length)
-    factor = 1 << max(0, round(math.log2(length * c.shape[1]) / 2))
-    rows = -(-length // factor)
-    fine = torch.arange(factor, device=c.device, dtype=log_a.real.dtype)
-    coarse = factor * torch.arange(rows, device=c.device, dtype=log_a.real.dtype)
-    re, im = (t[:, None] for t in _powers(log_a, coarse, c.real.dtype))  # (H, 1, rows, n)
-    c_re, c_im = c.real[:, :, None], c.imag[:, :, None]  # (H, M, 1, n)
-    left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1).flatten(1, 2)
-    right = torch.cat(_powers(log_a, fine, c.real.dtype), -1)  # (H, factor, 2n)
-    return (left @ right.mT).view(len(c), c.shape[1], -1)[..., :length]
+    return _Vandermonde.apply(c, log_a, length)
 
 
-def _powers(log_a: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of exp(k log_a): (H, n), (K,) → (H, K, n). Real functions are
-    vectorised on a CPU, the complex exponential is not."""
-    size = torch.exp(log_a.real[:, None] * k[:, None])
-    phase = log_a.imag[:, None] * k[:, None]
-    return (size * phase.cos()).to(dtype), (size * phase.sin()).to(dtype)
+def _powers(log_a: Tensor, stride: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of exp(stride·k·log_a) for k < count: (H, n) → (H, count, n).
+
+    Again k = few·j + i, and products of the powers of both. In real arithmetic: a CPU has vectors
+    for the real exponential, sine and cosine, but not for the complex exponential.
+    """
+    few = 1 << max(0, round(math.log2(count) / 2))
+
+    def table(step: int, size: int) -> tuple[Tensor, Tensor]:
+        k = step * torch.arange(size, device=log_a.device, dtype=log_a.real.dtype)[:, None]
+        radius, phase = torch.exp(log_a.real[:, None] * k), log_a.imag[:, None] * k
+        return radius * phase.cos(), radius * phase.sin()
+
+    re_i, im_i = (t[:, None] for t in table(stride, few))
+    re_j, im_j = (t[:, :, None] for t in table(stride * few, -(-count // few)))
+    re, im = re_j * re_i - im_j * im_i, re_j * im_i + im_j * re_i  # (H, j, i, n)
+    return re.flatten(1, 2)[:, :count].to(dtype), im.flatten(1, 2)[:, :count].to(dtype)
+
+
+class _Vandermonde(torch.autograd.Function):
+    """``vandermonde_kernel`` with the derivatives Σ_k g_k aᵏ by c and c Σ_k k g_k aᵏ by log a."""
+
+    @staticmethod
+    def forward(ctx, c: Tensor, log_a: Tensor, length: int) -> Tensor:
+        (H, M, _), dtype = c.shape, c.real.dtype
+        factor = 1 << max(0, round(math.log2(length * M) / 2))
+        rows = -(-length // factor)
+        re, im = (t[:, None] for t in _powers(log_a, factor, rows, dtype))  # (H, 1, rows, n)
+        c_re, c_im = (t.contiguous()[:, :, None] for t in (c.real, c.imag))  # (H, M, 1, n)
+        left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1).flatten(1, 2)
+        right = torch.cat(_powers(log_a, 1, factor, dtype), -1)  # (H, factor, 2n)
+        ctx.save_for_backward(c, re, im, right)
+        ctx.kind = log_a.dtype
+        return (left @ right.mT).view(H, M, -1)[..., :length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        c, re, im, right = ctx.saved_tensors
+        rows, factor = re.shape[2], right.shape[1]
+        k = torch.arange(g.shape[-1], device=g.device, dtype=g.dtype)
+        both = F.pad(torch.cat([g, k * g], 1), (0, rows * factor - len(k)))
+        inner = both.view(len(c), -1, factor) @ right  # sums over i
+        x, y = inner.view(len(c), -1, rows, right.shape[2]).chunk(2, -1)  # (H, 2M, rows, n)
+        sums = torch.complex((re * x - im * y).sum(2), (re * y + im * x).sum(2))
+        by_c, by_log_a = sums.chunk(2, 1)
+        return by_c.conj(), (c * by_log_a).sum(1).conj().to(ctx.kind), None
 
 
 def bilinear_exponent(z: Tensor) -> Tensor:
@@ -243,51 +276,112 @@ def cauchy_kernel(
     wrapped = -2 / torch.expm1(length * form.log_a)  # both members of a pair, hence 2
     v = rearrange(rows[:, :, None] * columns[:, None], "h i j n -> h (i j) n")
     v = (v * wrapped[:, None]).to(C_tilde.dtype)
-    sums = torch.fft.rfft(vandermonde_kernel(v, form.log_a, length))
+    sums = _RealFFT.apply(vandermonde_kernel(v, form.log_a, length))
     s = rearrange(sums, "h (i j) f -> h i j f", i=M + rank)
     roots = torch.arange(length // 2 + 1, dtype=torch.float64, device=dt.device)
     z = torch.exp(-2j * math.pi / length * roots).to(s.dtype)
-    inner, right = z * s[:, M:, 1:], s[:, M:, 0]  # (H, rank, rank, F), (H, rank, F)
+    (direct, out), (into, inner) = (
+        part.split([1, rank], 2) for part in s.split([M, rank], 1)
+    )  # by the rows C̃ and q, and by the columns b and p
     if rank == 1:
-        correction = right / (1 + inner[:, 0])
+        correction = into / (1 + z * inner)
     else:
         eye = torch.eye(rank, dtype=s.dtype, device=s.device)
-        lhs, rhs = (rearrange(t, "h ... f -> h f ...") for t in (inner, right))
-        correction = torch.linalg.solve(eye + lhs, rhs).mT
-    spectrum = s[:, :M, 0] - z * (s[:, :M, 1:] * correction[:, None]).sum(2)
+        lhs, rhs = (rearrange(t, "h i j f -> h f i j") for t in (z * inner, into))
+        correction = rearrange(torch.linalg.solve(eye + lhs, rhs), "h f i j -> h i j f")
+    spectrum = direct[:, :, 0] - z * (out * correction.transpose(1, 2)).sum(2)
     return torch.fft.irfft(spectrum, n=length)
 
 
+class _RealFFT(torch.autograd.Function):
+    """``torch.fft.rfft`` whose derivative is a real transform too, not a complex one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.length = x.shape[-1]
+        return torch.fft.rfft(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weights = g.real.new_ones(g.shape[-1])
+        weights[1 : (ctx.length + 1) // 2] = 0.5  # frequencies that stand for two
+        return torch.fft.irfft(g * weights, n=ctx.length, norm="forward")
+
+
+def _by_feature(u: Tensor) -> Tensor:
+    """(B, L, H) → (H, B, L), by a two-dimensional transpose: torch does those by blocks."""
+    return u.flatten(0, 1).T.contiguous().unflatten(1, u.shape[:2])
+
+
+def _by_position(y: Tensor) -> Tensor:
+    """The inverse of ``_by_feature``."""
+    return y.flatten(1).T.contiguous().unflatten(0, y.shape[1:])
+
+
+def _transform(x: Tensor, padded: Tensor) -> Tensor:
+    """The FFT of x (…, L) followed by as many zeros, by way of a buffer with zeros there."""
+    room = padded[: len(x)]
+    room[..., : x.shape[-1]] = x
+    return torch.fft.rfft(room)
+
+
 class _FFTConvolution(torch.autograd.Function):
-    """Keeps the two transforms for the backward pass instead of recomputing or doubling them."""
+    """In slices of features that stay in the cache. The backward pass transforms the input again,
+    which is as fast as keeping its transform, of twice the size."""
+
+    size = 1 << 20  # bytes of the padded sequences of a slice
+
+    @staticmethod
+    def slices(u: Tensor) -> tuple[list[slice], Tensor]:
+        """Slices of the features of u (H, B, L), and a zero buffer for a padded slice."""
+        H, B, L = u.shape
+        count = min(H, max(1, _FFTConvolution.size // (2 * B * L * u.element_size())))
+        return [slice(i, i + count) for i in range(0, H, count)], u.new_zeros(count, B, 2 * L)
 
     @staticmethod
     def forward(ctx, u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
-        L = u.shape[-1]
-        u_f = torch.fft.rfft(u, n=2 * L)
+        (B, L, H), M = u.shape, kernel.shape[1]
+        x = _by_feature(u)
         k_f = torch.fft.rfft(kernel, n=2 * L) + D[..., None]
-        ctx.save_for_backward(u_f, k_f)
-        return torch.fft.irfft(u_f[:, :, None] * k_f, n=2 * L)[..., :L].flatten(1, 2)
+        y = x.new_empty(H, M, B, L)
+        slices, padded = _FFTConvolution.slices(x)
+        for part in slices:
+            u_f = _transform(x[part], padded)
+            for m in range(M):
+                y[part, m] = torch.fft.irfft(u_f * k_f[part, m, None], n=2 * L)[..., :L]
+        ctx.save_for_backward(x, k_f)
+        return _by_position(y.flatten(0, 1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        u_f, k_f = ctx.saved_tensors
-        L = dy.shape[-1]
-        dy_f = torch.fft.rfft(dy, n=2 * L).unflatten(1, k_f.shape[:2])  # (B, H, M, F)
-        dkernel = torch.fft.irfft((dy_f * u_f.conj()[:, :, None]).sum(0), n=2 * L)[..., :L]
-        du = torch.fft.irfft(dy_f.mul_(k_f.conj()).sum(2), n=2 * L)[..., :L]
-        return du, dkernel, dkernel[..., 0]
+        x, k_f = ctx.saved_tensors
+        (H, M, _), L = k_f.shape, dy.shape[1]
+        g = _by_feature(dy).unflatten(0, (H, M))
+        du, dkernel = torch.empty_like(x), g.new_empty(H, M, L)
+        k_f = k_f.conj().resolve_conj()
+        slices, padded = _FFTConvolution.slices(x)
+        for part in slices:
+            u_f = _transform(x[part], padded).conj_physical_()
+            du_f = torch.zeros_like(u_f)
+            for m in range(M):
+                g_f = _transform(g[part, m], padded)
+                du_f.addcmul_(g_f, k_f[part, m, None])
+                dkernel[part, m] = torch.fft.irfft((g_f * u_f).sum(1), n=2 * L)[..., :L]
+            du[part] = torch.fft.irfft(du_f, n=2 * L)[..., :L]
+        return _by_position(du), dkernel, dkernel[..., 0]
 
 
 def fft_convolution(u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
     """Causal convolution plus the direct term: y_t = Σ_k K_k u_{t-k} + D u_t.
 
-    ``u (B, H, L)``, ``kernel (H, M, L)``, ``D (H, M)`` real, one dtype → ``(B, H·M, L)``.
+    ``u (B, L, H)``, ``kernel (H, M, L)``, ``D (H, M)`` real, one dtype → ``(B, L, H·M)``.
     """
-    if u.is_complex() or u.dim() != 3 or kernel.shape != (*D.shape, u.shape[-1]):
+    fits = u.dim() == 3 and D.dim() == 2 and kernel.shape == (*D.shape, u.shape[1])
+    if u.is_complex() or not fits or u.shape[2] != len(D):
         raise ValueError(
-            "u (B, H, L), kernel (H, M, L) and D (H, M) must fit and be real; got "
+            "u (B, L, H), kernel (H, M, L) and D (H, M) must fit and be real; got "
             f"{tuple(u.shape)}, {tuple(kernel.shape)}, {tuple(D.shape)}, {u.dtype}"
         )
     return _FFTConvolution.apply(u, kernel, D)

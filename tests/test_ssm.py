@@ -98,14 +98,14 @@ def test_krylov_kernel_convolved_by_fft_matches_a_simulation(length: int):
     """``dlsim`` lets an input act one step later than x_k = Ā x_{k-1} + B̄ u_k does."""
     A, B, C = stable_system(5)
     A_bar, B_bar = ssm.discretize(A, B, 0.1)
-    u = torch.randn(2, 1, length, dtype=torch.float64)
+    u = torch.randn(2, length, 1, dtype=torch.float64)
     D = torch.tensor([0.7], dtype=torch.float64)
     y = ssm.fft_convolution(u, ssm.krylov_kernel(A_bar, B_bar, C, length)[None, None], D[None])
     CA, CB = C @ A_bar, C @ B_bar + D
     system = (A_bar.numpy(), B_bar[:, None].numpy(), CA[None].numpy(), CB[None].numpy(), 0.1)
     for row in range(2):
-        expected = scipy.signal.dlsim(system, u[row, 0].numpy())[1][:, 0]
-        np.testing.assert_allclose(y[row, 0].numpy(), expected, rtol=1e-9, atol=1e-12)
+        expected = scipy.signal.dlsim(system, u[row, :, 0].numpy())[1][:, 0]
+        np.testing.assert_allclose(y[row, :, 0].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_krylov_kernel_takes_leading_dimensions():
@@ -154,18 +154,30 @@ def test_cauchy_kernel_matches_the_dense_bilinear_system(
     assert_near(ssm.cauchy_kernel(C_tilde, Lambda, P, B, dt, length), expected.real, 1e-9)
 
 
+@pytest.fixture(params=[1, 1 << 20], ids=["slices", "one slice"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssm._FFTConvolution, "size", request.param)
+
+
+@pytest.mark.usefixtures("slices")
 def test_fft_convolution_is_the_causal_sum():
-    u, kernel, D = torch.randn(2, 3, 9), torch.randn(3, 2, 9), torch.randn(3, 2)
-    expected = D[..., None] * u[:, :, None]
+    u, kernel, D = torch.randn(2, 9, 3), torch.randn(3, 2, 9), torch.randn(3, 2)
+    expected = D * u[..., None]  # (B, L, H, M)
     for t in range(9):
         for k in range(t + 1):
-            expected[..., t] += kernel[..., k] * u[:, :, None, t - k]
-    torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected.flatten(1, 2))
+            expected[:, t] += kernel[..., k] * u[:, t - k, :, None]
+    torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected.flatten(2))
 
 
 @pytest.mark.parametrize(
     ("u", "kernel", "D"),
-    [((2, 3, 9), (3, 1, 8), (3, 1)), ((2, 3, 9), (4, 1, 9), (3, 1)), ((3, 9), (3, 1, 9), (3, 1))],
+    [
+        ((2, 9, 3), (3, 1, 8), (3, 1)),
+        ((2, 9, 3), (4, 1, 9), (3, 1)),
+        ((2, 9, 4), (3, 1, 9), (3, 1)),
+        ((9, 3), (3, 1, 9), (3, 1)),
+        ((2, 9, 3), (3, 9), (3,)),
+    ],
 )
 def test_fft_convolution_refuses_shapes_that_do_not_fit(u, kernel, D):
     with pytest.raises(ValueError, match=r"must fit and be real; got \("):
@@ -174,7 +186,7 @@ def test_fft_convolution_refuses_shapes_that_do_not_fit(u, kernel, D):
 
 def test_fft_convolution_refuses_complex_input():
     with pytest.raises(ValueError, match="complex64"):
-        ssm.fft_convolution(torch.zeros(1, 1, 4) + 0j, torch.zeros(1, 1, 4), torch.zeros(1, 1))
+        ssm.fft_convolution(torch.zeros(1, 4, 1) + 0j, torch.zeros(1, 1, 4), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("length", [0, -1])
@@ -256,7 +268,7 @@ def test_simulation_on_regular_times_is_the_recurrence_of_the_kernel():
     times = 0.3 * torch.arange(1, 21).double()
     A_bar, B_bar = ssm.discretize(A, B, 0.3, "zoh")
     kernel = ssm.krylov_kernel(A_bar, B_bar, C, 20)
-    expected = ssm.fft_convolution(u, kernel[None, None], D)
+    expected = ssm.fft_convolution(u.mT, kernel[None, None], D).mT
     actual = ssm.simulate(A, B, C[None], D[0], u[:, 0], times)
     torch.testing.assert_close(actual, expected)
 
@@ -273,9 +285,10 @@ def doubles(*shape: int, complex_valued: bool = False) -> Tensor:
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("length", [1, 6])
 def test_fft_convolution_has_the_right_gradients(length: int):
-    inputs = (doubles(2, 3, length), doubles(3, 2, length), doubles(3, 2))
+    inputs = (doubles(2, length, 3), doubles(3, 2, length), doubles(3, 2))
     assert torch.autograd.gradcheck(ssm.fft_convolution, inputs)
 
 

@@ -511,10 +511,10 @@ def test_config_survives_json(make_model: MakeModel):
     assert config.channels == 3
 
 
-@pytest.mark.parametrize("rows", [2, 512])
-def test_log_probabilities_have_the_right_gradients(rows: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("size", [14, 1 << 19])
+def test_log_probabilities_have_the_right_gradients(size: int, monkeypatch: pytest.MonkeyPatch):
     """In slices of two rows, and in one."""
-    monkeypatch.setattr(_LinearLogProb, "rows", rows)
+    monkeypatch.setattr(_LinearLogProb, "size", size)
     x, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((5, 3), (7, 3), (7,))

@@ -7,11 +7,10 @@ Sources: LSSL (arXiv 2110.13985), S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
 """
 
 import copy
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypedDict, Unpack, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +41,22 @@ class System(NamedTuple):
     B: Tensor
     C: Tensor
     D: Tensor
+
+
+class LayerSettings(TypedDict, total=False):
+    """What every kind of layer can be given; defaults are those of ``TrainedLayer``."""
+
+    channels: int  # outputs M of each feature
+    bidirectional: bool  # a second kernel reads the future
+    dt_min: float | Sequence[float]  # range of the initial Δ, in steps,
+    dt_max: float | Sequence[float]  # for all features or one by one
+
+
+class StateSpaceSettings(LayerSettings, total=False):
+    """What S4 and S4D can be given besides; defaults are those of ``StateSpace``."""
+
+    n_ssm: int | None  # copies of Λ (and B, P), each shared by neighbouring features
+    decay: str  # -Re Λ as a function of its parameter: "exp" or "softplus"
 
 
 class TrainedLayer(nn.Module, ABC):
@@ -180,14 +195,9 @@ class StateSpace(TrainedLayer):
         *,
         n_ssm: int | None = None,
         decay: str = "exp",
-        channels: int = 1,
-        bidirectional: bool = False,
-        dt_min: float | Sequence[float] = 1e-3,
-        dt_max: float | Sequence[float] = 1e-1,
+        **settings: Unpack[LayerSettings],
     ) -> None:
-        super().__init__(
-            d_model, channels=channels, bidirectional=bidirectional, dt_min=dt_min, dt_max=dt_max
-        )
+        super().__init__(d_model, **settings)
         self.n_ssm = d_model if n_ssm is None else n_ssm
         if self.n_ssm < 1 or d_model % self.n_ssm:
             raise ValueError(f"n_ssm must divide d_model, got {n_ssm} for {d_model}")
@@ -254,25 +264,11 @@ class S4D(StateSpace):
         *,
         init: str = "lin",
         discretization: str = "zoh",
-        n_ssm: int | None = None,
-        decay: str = "exp",
-        channels: int = 1,
-        bidirectional: bool = False,
-        dt_min: float | Sequence[float] = 1e-3,
-        dt_max: float | Sequence[float] = 1e-1,
+        **settings: Unpack[StateSpaceSettings],
     ) -> None:
         if discretization not in ("zoh", "bilinear"):
             raise ValueError(f"discretization must be zoh or bilinear; got {discretization!r}")
-        super().__init__(
-            d_model,
-            _s4d_spectrum(init, d_state),
-            n_ssm=n_ssm,
-            decay=decay,
-            channels=channels,
-            bidirectional=bidirectional,
-            dt_min=dt_min,
-            dt_max=dt_max,
-        )
+        super().__init__(d_model, _s4d_spectrum(init, d_state), **settings)
         self.discretization = discretization
         self.frequency.requires_grad_(init != "real")
 
@@ -329,26 +325,12 @@ class S4(StateSpace):
         l_max: int = 1024,
         truncated: bool = True,
         train_B: bool = True,
-        n_ssm: int | None = None,
-        decay: str = "exp",
-        channels: int = 1,
-        bidirectional: bool = False,
-        dt_min: float | Sequence[float] = 1e-3,
-        dt_max: float | Sequence[float] = 1e-1,
+        **settings: Unpack[StateSpaceSettings],
     ) -> None:
         if l_max < 1:
             raise ValueError(f"l_max must be at least 1, got {l_max}")
         nplr = hippo.normal_plus_low_rank(measure, d_state)
-        super().__init__(
-            d_model,
-            nplr.Lambda,
-            n_ssm=n_ssm,
-            decay=decay,
-            channels=channels,
-            bidirectional=bidirectional,
-            dt_min=dt_min,
-            dt_max=dt_max,
-        )
+        super().__init__(d_model, nplr.Lambda, **settings)
         self.l_max, self.truncated = l_max, truncated
         P, B = (torch.view_as_real(t).float() for t in (nplr.P, nplr.B))
         self.P = nn.Parameter(P.repeat(self.n_ssm, 1, 1, 1))
@@ -445,14 +427,9 @@ class LSSL(TrainedLayer):
         d_state: int = 64,
         *,
         train_A: bool = False,
-        channels: int = 1,
-        bidirectional: bool = False,
-        dt_min: float | Sequence[float] = 1e-3,
-        dt_max: float | Sequence[float] = 1e-1,
+        **settings: Unpack[LayerSettings],
     ) -> None:
-        super().__init__(
-            d_model, channels=channels, bidirectional=bidirectional, dt_min=dt_min, dt_max=dt_max
-        )
+        super().__init__(d_model, **settings)
         A, B = hippo.legs(d_state)
         self.register_buffer("B", B.float())
         P = (B * math.sqrt(0.5))[None]
@@ -517,15 +494,22 @@ def build_layer(
     if kind not in LAYERS:
         raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {kind!r}")
     layer, fixed = LAYERS[kind]
-    known = {*inspect.signature(layer).parameters} - {"d_model", "d_state", "l_max", *fixed}
-    if unknown := settings.keys() - known:
+    kinds = _setting_types(layer)
+    if unknown := settings.keys() - (kinds.keys() - fixed.keys()):
         raise ValueError(
             f"a layer {kind!r} has no setting {', '.join(sorted(unknown))}; "
-            f"it has {', '.join(sorted(known))}"
+            f"it has {', '.join(sorted(kinds.keys() - fixed.keys()))}"
         )
-    kinds = get_type_hints(layer.__init__)
     for name, value in settings.items():
         check_type(name, value, kinds[name])
     if layer is S4:
         settings["l_max"] = l_max
     return layer(d_model, d_state, **fixed, **settings)
+
+
+def _setting_types(layer: type[LSSL | S4 | S4D]) -> dict[str, Any]:
+    """Settings by name, with their types: those of the constructor and those it passes on."""
+    kinds = get_type_hints(layer.__init__)
+    (passed_on,) = get_args(kinds.pop("settings"))
+    sizes = {"d_model", "d_state", "l_max", "return"}
+    return {n: kind for n, kind in (kinds | get_type_hints(passed_on)).items() if n not in sizes}

@@ -342,6 +342,7 @@ class S4(StateSpace):
         return self._shared(P), self._shared(B)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
+        ssm.check_length(length)
         C, span = self._output(), self.l_max
         if not self.truncated:
             C, span = self._cut(self._output(torch.float64), length, rate).to(C.dtype), length

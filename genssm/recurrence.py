@@ -89,10 +89,12 @@ class Recurrence(nn.Module, ABC):
 
     def step(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One position: u (B, H), state → y (B, H·M), next state."""
+        self._check("(B, H)", 2, u, x)
         return self.at(rate)._step(u, x)
 
     def prefill(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """Many positions in parallel, from any state: u (B, L, H), x → y (B, L, H·M), last x."""
+        self._check("(B, L, H)", 3, u, x)
         own, length = self.at(rate), u.shape[1]
         if length == 0:
             return u.new_zeros(*u.shape[:2], len(self.D)), x
@@ -100,6 +102,15 @@ class Recurrence(nn.Module, ABC):
             y, x = own._step(u[:, 0], x)
             return y[:, None], x
         return own._read(u, x)
+
+    def _check(self, shape: str, dims: int, u: Tensor, x: Tensor) -> None:
+        H = len(self._exact_D)
+        if u.dim() != dims or u.shape[-1] != H or u.is_complex():
+            raise ValueError(
+                f"u must be real, {shape} with H = {H}; got {tuple(u.shape)} {u.dtype}"
+            )
+        if x.dim() != 3 or x.shape[:2] != (len(u), H):
+            raise ValueError(f"the state must be ({len(u)}, {H}, …); got {tuple(x.shape)}")
 
     def tables(self) -> Tables:
         """What ``prefill`` multiplies by, made when it is first needed."""

@@ -96,6 +96,10 @@ def simulate(
         raise ValueError(
             f"u must be real (…, L) and times (L,); got {tuple(u.shape)} and {tuple(times.shape)}"
         )
+    if C.shape[-1:] != B.shape[-1:] or D.shape[-1:] != C.shape[-2:-1]:
+        raise ValueError(
+            f"C must be (…, M, {B.shape[-1]}) and D (…, M); got {tuple(C.shape)}, {tuple(D.shape)}"
+        )
     intervals = torch.diff(times, prepend=times.new_zeros(1))
     if not bool((intervals > 0).all()):
         raise ValueError("times must increase, beginning above 0")
@@ -109,7 +113,8 @@ def simulate(
     return torch.stack(ys, -1)
 
 
-def _check_length(length: int) -> None:
+def check_length(length: int) -> None:
+    """Raise ValueError unless it is the length of a kernel."""
     if length < 1:
         raise ValueError(f"the length of a kernel must be at least 1, got {length}")
 
@@ -119,7 +124,12 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
 
     ``A_bar (…, N, N)``, ``B_bar (…, N)``, ``C (…, N)`` → ``(…, length)``.
     """
-    _check_length(length)
+    check_length(length)
+    if A_bar.shape[-2:] != (*B_bar.shape[-1:], *C.shape[-1:]):
+        raise ValueError(
+            "A_bar must be (…, N, N), B_bar and C (…, N); got "
+            f"{tuple(A_bar.shape)}, {tuple(B_bar.shape)}, {tuple(C.shape)}"
+        )
     x, kernel = B_bar, []
     for _ in range(length):
         kernel.append((C * x).sum(-1))
@@ -129,7 +139,7 @@ def krylov_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tenso
 
 def repeated_squares(A: Tensor, length: int) -> list[Tensor]:
     """A, A², A⁴, …, A^(2^j) with 2^(j+1) >= length: all that ``krylov_products`` needs."""
-    _check_length(length)
+    check_length(length)
     powers = [A]
     while 1 << len(powers) < length:
         powers.append(powers[-1] @ powers[-1])
@@ -158,7 +168,13 @@ def vandermonde_kernel(c: Tensor, log_a: Tensor, length: int) -> Tensor:
     powers per feature. They are made in the precision of ``log_a`` and rounded to that of ``c``:
     phases grow with k, and where modes hardly decay float32 would lose them.
     """
-    _check_length(length)
+    check_length(length)
+    if c.dim() != 3 or log_a.shape != (c.shape[0], c.shape[2]):
+        raise ValueError(
+            f"c must be (H, M, n) and log_a (H, n); got {tuple(c.shape)}, {tuple(log_a.shape)}"
+        )
+    if not (c.is_complex() and log_a.is_complex()):
+        raise ValueError(f"c and log_a must be complex, got {c.dtype} and {log_a.dtype}")
     return _Vandermonde.apply(c, log_a, length)
 
 
@@ -267,7 +283,20 @@ def cauchy_kernel(
     of Σ_n v_n a_nᵏ / (1 - a_n^length), a Vandermonde kernel. All (M + rank)(1 + rank) sums come
     from one factored product and one FFT: O(n √L + L log L) memory, never (H, n, L).
     """
-    _check_length(length)
+    check_length(length)
+    if (
+        C_tilde.dim() != 3
+        or P.dim() != 3
+        or not (
+            Lambda.shape == B.shape == P[:, 0].shape == C_tilde[:, 0].shape
+            and dt.shape == (len(B),)
+        )
+    ):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (C_tilde, Lambda, P, B, dt))
+        raise ValueError(
+            "C_tilde must be (H, M, n), Lambda (H, n), P (H, rank, n), B (H, n) and dt (H,); "
+            f"got {shapes}"
+        )
     double = torch.complex128
     form = bilinear_normal_plus_low_rank(Lambda.to(double), P.to(double), B.to(double), dt.double())
     M, rank = C_tilde.shape[1], P.shape[1]

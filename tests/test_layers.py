@@ -306,6 +306,10 @@ def test_converted_layer_no_longer_follows_the_trained_one(name: str):
         (lambda: S4(2, 3), "even, got 3"),
         (lambda: S4(2, 4, l_max=0), "l_max must be at least 1, got 0"),
         (lambda: S4(2, 4, measure="hermite"), "measure must be one of legs, .* got 'hermite'"),
+        (lambda: S4(2, 0), "state size N must be an integer of at least 1, got 0"),
+        (lambda: LSSL(2, 0), "state size N must be an integer of at least 1, got 0"),
+        (lambda: LSSL(0, 4), "d_model must be at least 1, got 0"),
+        (lambda: LSSL(2, 4, dt_min=-0.1), "0 < dt_min <= dt_max"),
         (lambda: S4(2, 4, dt_min=0.0), "0 < dt_min <= dt_max"),
         (lambda: S4D(2, 4, dt_min=0.2, dt_max=0.1), "0 < dt_min <= dt_max"),
     ],
@@ -547,6 +551,31 @@ def test_kernels_are_kept_in_evaluation_until_a_parameter_changes(name: str, ass
 def test_inputs_that_do_not_fit_are_refused(name: str, u: Tensor, message: str):
     with pytest.raises(ValueError, match=message):
         make(name, torch.float32)(u)
+
+
+@pytest.mark.parametrize(
+    ("u", "rows", "message"),
+    [
+        (torch.zeros(2, 3), 2, r"with H = 4; got \(2, 3\)"),
+        (torch.zeros(2, 4) + 0j, 2, "must be real.*complex64"),
+        (torch.zeros(2, 4), 3, r"state must be \(2, 4, …\); got \(3, 4, "),
+    ],
+)
+def test_recurrences_refuse_what_does_not_fit(name: str, u: Tensor, rows: int, message: str):
+    recurrent = make(name, torch.float32).to_recurrent()
+    x = recurrent.initial_state(rows)
+    with pytest.raises(ValueError, match=message):
+        recurrent.step(u, x)
+    with pytest.raises(ValueError, match=message.replace(r"\(2, 3\)", r"\(2, 5, 3\)")):
+        recurrent.prefill(u[:, None].repeat(1, 5, 1), x)
+    with pytest.raises(ValueError, match="with H = 4"):
+        recurrent.prefill(torch.zeros(2, 4), x)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_kernels_need_a_length(name: str, length: int):
+    with pytest.raises(ValueError, match="must be at least 1, got"):
+        make(name).kernel(length)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,26 @@ def test_fft_convolution_refuses_complex_input():
         ssm.fft_convolution(torch.zeros(1, 4, 1) + 0j, torch.zeros(1, 1, 4), torch.zeros(1, 1))
 
 
+def test_kernels_refuse_shapes_that_do_not_fit():
+    c, log_a = torch.zeros(3, 1, 4) + 0j, torch.zeros(3, 4) - 1 + 0j
+    P, dt = torch.zeros(3, 1, 4) + 0j, torch.ones(3)
+    for bad in ((c[:2], log_a), (c[0], log_a), (c, log_a[:, :3])):
+        with pytest.raises(ValueError, match=r"c must be \(H, M, n\)"):
+            ssm.vandermonde_kernel(*bad, 5)
+    with pytest.raises(ValueError, match="must be complex, got"):
+        ssm.vandermonde_kernel(c.real, log_a, 5)
+    for bad in ((c[0], log_a, P, log_a, dt), (c, log_a, P[0], log_a, dt), (c, log_a, P, dt, dt)):
+        with pytest.raises(ValueError, match=r"C_tilde must be \(H, M, n\)"):
+            ssm.cauchy_kernel(*bad, 5)
+    A, B, C = stable_system(4)
+    with pytest.raises(ValueError, match=r"A_bar must be \(…, N, N\)"):
+        ssm.krylov_kernel(A, B, C[:3], 5)
+    times = torch.tensor([1.0, 2.0])
+    for C_bad, D in ((C[None, :3], B[:1]), (C[None], B[:2])):
+        with pytest.raises(ValueError, match=r"C must be \(…, M, 4\)"):
+            ssm.simulate(A, B, C_bad, D, torch.zeros(2), times)
+
+
 @pytest.mark.parametrize("length", [0, -1])
 def test_kernels_without_length_are_refused(length: int):
     A, B, C = stable_system(2)

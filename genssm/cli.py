@@ -355,19 +355,35 @@ def train(
     start: Annotated[
         str | None, typer.Option("--from", help="Begin with the weights of this model.")
     ] = None,
+    sheets: Annotated[
+        float | None,
+        typer.Option(min=0, help="Every so many minutes, draw samples into OUT/samples."),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the log for TensorBoard, too.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model; the best checkpoint so far is OUT/checkpoint."""
+    """Train a model; the best checkpoint so far is OUT/checkpoint.
+
+    On several devices: torchrun --nproc-per-node N -m genssm train …
+    """
     import torch
 
+    from genssm.distributed import rank
     from genssm.train import train as run
     from genssm.training_report import reporter
 
     chosen = _recipe(recipe, settings or [])
     torch.set_flush_denormal(True)
-    with reporter(recipe, chosen.modality, quiet) as report:
-        target = run(chosen, data, out, minutes=minutes, resume=resume, start=start, report=report)
-    sys.stdout.write(f"{target}\n")
+    leads = rank() == 0
+    with reporter(recipe, chosen.modality, quiet or not leads) as report:
+        target = run(
+            chosen, data, out, minutes=minutes, resume=resume, start=start, sheet_minutes=sheets,
+            tensorboard=tensorboard, report=report,
+        )  # fmt: skip
+    if leads:
+        sys.stdout.write(f"{target}\n")
 
 
 def _recipe(name: str, settings: list[str]) -> Recipe:

@@ -58,6 +58,11 @@ class World:
             self.wait()
 
 
+def rank() -> int:
+    """The rank that ``torchrun`` gave this process, 0 alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def default_device() -> torch.device:
     """The GPU that ``torchrun`` gave this process, the only one, or else the CPU."""
     if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -139,7 +139,9 @@ def rate(step: int, progress: float, warmup: int, decay: float, schedule: str = 
 
 
 @torch.no_grad()
-def average(averages: dict[str, Tensor], weights: dict[str, Tensor], decay: float, n: int) -> None:
+def average(
+    averages: dict[str, Tensor], weights: Mapping[str, Tensor], decay: float, n: int
+) -> None:
     """Update number ``n`` (from 1) of an exponential moving average of the weights, in place.
 
     The early average is short, (1 + n) / (10 + n), so that the beginning is soon forgotten.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -203,14 +204,14 @@ def _save_shards(
     tensors: dict[str, Tensor], facts: dict[str, Any], out: Path, world: World
 ) -> Path:
     """Every process writes its parts; the facts, written last, make the folder count."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = out / f"{_SHARDS}{facts['step']:012}"
     if world.leads:
         shutil.rmtree(folder, ignore_errors=True)
     world.wait()
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     world.wait()
     if world.leads:
         text = json.dumps(facts)
@@ -219,13 +220,14 @@ def _save_shards(
 
 
 def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     facts = json.loads((folder / "facts.json").read_text())
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {name: place(name, facts.size) for name, facts in stored.items()}
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return facts, tensors
 
 

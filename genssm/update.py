@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -48,11 +49,12 @@ def spread(model: SequenceModel, world: World, shard: bool = False) -> nn.Module
     if not shard:
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(objective, device_ids=ids)
-    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(world.device.type, (world.size,))
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
 
 
 def compile_pointwise(model: SequenceModel) -> None:

@@ -51,6 +51,7 @@ ORDER = (
     "train",
     "training_report",
     "cli",
+    "__main__",
 )
 PACKAGE = Path(genssm.__file__).parent
 

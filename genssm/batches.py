@@ -31,19 +31,44 @@ def _random(*key: int) -> np.random.Generator:
 
 
 class TextBatches:
-    """Windows of a token stream; the batch of a step depends on the seed and the step alone."""
+    """Windows of a token stream; the batch of a step depends on the seed and the step alone.
 
-    def __init__(self, stream: np.ndarray, batch_size: int, length: int, seed: int) -> None:
+    In the stream every document begins with the boundary token, and windows begin anywhere. Without
+    ``boundary`` a window may run on into later documents, and the model reads what came before;
+    the boundary tells it that a new one begins. With it, a window counts up to the next boundary
+    alone: no target is predicted from another document. In neither is one predicted from later
+    tokens.
+    """
+
+    def __init__(
+        self,
+        stream: np.ndarray,
+        batch_size: int,
+        length: int,
+        seed: int,
+        boundary: int | None = None,
+    ) -> None:
         if len(stream) <= length:
             raise ValueError(f"the text has {len(stream)} tokens, fewer than a window of {length}")
         self.stream, self.batch_size, self.length, self.seed = stream, batch_size, length, seed
+        self.boundary = boundary
 
     def batch(self, step: int) -> Batch:
         starts = _random(self.seed, step).integers(
             0, len(self.stream) - self.length, self.batch_size
         )
+        return self.windows(starts)
+
+    def windows(self, starts: np.ndarray) -> Batch:
+        """The windows that begin at these positions of the stream."""
         windows = [self.stream[i : i + self.length + 1] for i in starts]
-        return Batch(torch.from_numpy(np.stack(windows).astype(np.int64)))
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
+        if self.boundary is None:
+            return Batch(tokens)
+        ended = (tokens[:, 1:] == self.boundary).cumsum(1)  # 1 at the end of the first document
+        inside = (ended == 0) | ((ended == 1) & (tokens[:, 1:] == self.boundary))
+        tokens[:, 1:][~inside] = self.boundary  # what follows is not even read
+        return Batch(tokens, inside.float())
 
 
 class _Shuffled:

@@ -189,10 +189,16 @@ def sample(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sample text, pictures or sound; the model decides which."""
+    """Sample text, pictures or sound; the model decides which.
+
+    --out FOLDER/ gets one file a sample; repeated, only those that are missing are drawn.
+    """
     from genssm import files
     from genssm.checkpoint import CheckpointError
 
+    if out is not None and (out.endswith(os.sep) or Path(out).is_dir()):
+        _sample_to_folder(context, Path(out))
+        return
     try:
         job = _repeated(context) if like else _requested(context)
         pipe, plan = job.pipe, job.plan
@@ -223,6 +229,39 @@ def sample(
         _summarize(samples, output)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _sample_to_folder(context: typer.Context, out: Path) -> None:
+    from genssm import pipeline, stepper
+    from genssm.bulk import sample_to_folder
+    from genssm.distributed import processes, rank
+    from genssm.request import Request
+
+    options = context.params
+    for name in ("like", "state", "save_state", "as_json", "keep_rows"):
+        if options[name]:
+            raise UsageError(f"a folder of samples takes no --{name.replace('_', '-')}")
+    try:
+        stepper.check_choice(options["engine"], options["weights"])
+        pipe = pipeline.load(options["model"] or "wiki", options["engine"], options["weights"])
+        if options["rate"] is not None:
+            pipe = pipe.at_rate(options["rate"])
+        settings = {f.name: options.get(f.name) for f in fields(Request)}
+        settings["seed"] = options["seed"] or 0  # so that the same command goes on
+        if options["seconds"] is not None:
+            settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
+        request = Request(**{k: v for k, v in settings.items() if v is not None})
+        prompt = options["prompt"]
+        if pipe.modality != "text" and prompt not in (None, *pipe.codec.labels, "any"):
+            raise UsageError(f"a folder of samples takes a class as prompt, not {prompt!r}")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    quiet = options["quiet"] or rank() > 0
+    drawn = sample_to_folder(
+        pipe, out, request, prompt, rank=rank(), processes=processes(),
+        report=lambda done, every: _note(f"{done} of {every} samples drawn here", quiet),
+    )  # fmt: skip
+    sys.stdout.write(f"{out}  {drawn} samples drawn\n")
 
 
 @dataclass(frozen=True)
@@ -343,7 +382,13 @@ def _summarize(samples: list[Sample], output: Output) -> None:
 @_command
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits.")],
-    data: Annotated[Path, typer.Option(help="Folder with train and validation files.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with train and validation files, or a public set: wikitext-2, "
+            "wikitext-103, tinystories, cifar10, mnist, sc09, ljspeech."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the training.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
@@ -483,9 +528,9 @@ def evaluate(
 ) -> None:
     """Measure exact likelihood (bits per byte, dimension or sample), or the quality of samples."""
     from genssm.checkpoint import record_metric
-    from genssm.data import read_examples
     from genssm.pipeline import load
     from genssm.sample_quality import classification_accuracy, evaluate_samples
+    from genssm.sources import read_examples
 
     options = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
                "trim": trim}  # fmt: skip
@@ -544,14 +589,13 @@ def classifier(
 ) -> None:
     """Train a small classifier of real data, which then judges samples (evaluate --samples)."""
     from genssm.classifier import save_classifier, train_classifier
-    from genssm.data import find_split, read_examples
     from genssm.preparation import build_codec
+    from genssm.sources import open_split
 
     chosen = _recipe(recipe, [])
     _check_new(out, force)
     codec = build_codec(chosen)
-    parts = (read_examples(find_split(data, split, codec.modality), codec)
-             for split in ("train", "validation"))  # fmt: skip
+    parts = (open_split(data, s, codec.modality).examples(codec) for s in ("train", "validation"))
     model, report = train_classifier(
         codec, *parts, epochs=epochs, flip=chosen.train.flip, seed=seed,
         report=lambda epoch, loss: _note(f"epoch {epoch + 1} of {epochs} · {loss:.4f} nats", quiet),

@@ -5,17 +5,23 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
 from genssm.codec import Audio, Codec, Image, Raw
+
+T = TypeVar("T")
 
 _OPENERS: dict[str, Callable[..., Any]] = {
     ".bz2": bz2.open,
@@ -25,6 +31,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 # A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PARQUET = ".parquet"
 LONGEST_SOUND = 2**27  # samples over all channels that a sound file may decode to
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -37,32 +44,49 @@ class Example:
     label: str | None = None
 
 
-def read_examples(path: Path, codec: Codec) -> Iterator[Example]:
-    """The examples at ``path`` in the modality of ``codec``, in a fixed order."""
+def read_examples(path: Path, codec: Codec, skip: bool = False) -> Iterator[Example]:
+    """The examples at ``path`` in the modality of ``codec``, in a fixed order.
+
+    A picture or sound that is not readable raises ValueError, which names it; with ``skip`` it is
+    left out, and a warning names it.
+    """
     readers: dict[str, Callable[[], Iterator[Example]]] = {
-        "text": lambda: (Example(text) for text in read_documents(path)),
-        "image": lambda: read_pictures(path, codec),  # type: ignore[arg-type]
-        "audio": lambda: read_clips(path, codec),  # type: ignore[arg-type]
+        "text": lambda: (Example(text) for text in read_documents(path, skip)),
+        "image": lambda: read_pictures(path, codec, skip),  # type: ignore[arg-type]
+        "audio": lambda: read_clips(path, codec, skip),  # type: ignore[arg-type]
     }
     if not path.exists():
         raise ValueError(f"there is no file or folder {str(path)!r}")
     return readers[codec.modality]()
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a UTF-8 text file (also .bz2, .xz, .gz), or of each .txt file in a folder."""
+def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
+    """Documents of a UTF-8 text file (also .bz2, .xz, .gz) or a parquet file with a column "text".
+
+    Of a folder, those of all such files; with ``skip`` those that are not readable are left out.
+    """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if ".txt" in p.suffixes)
+        files = sorted(p for p in path.rglob("*") if {".txt", PARQUET} & set(p.suffixes))
         if not files:
             raise ValueError(f"the folder {str(path)!r} holds no .txt file")
-        for file in files:
-            yield from read_documents(file)
+        for documents in _readable((partial(_documents, file) for file in files), skip):
+            yield from documents
         return
+    yield from _documents(path)
+
+
+def _documents(path: Path) -> list[str]:
+    if path.suffix == PARQUET:
+        return list(documents_of_rows(row.get("text") for row in read_rows(path)))
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             text = file.read().decode()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not readable UTF-8 text: {error}") from error
+    return list(_split(text))
+
+
+def _split(text: str) -> Iterator[str]:
     start = 0
     for match in _DOCUMENT.finditer(text):
         if text[start : match.start()].strip():
@@ -72,10 +96,31 @@ def read_documents(path: Path) -> Iterator[str]:
         yield text[start:]
 
 
-def read_pictures(path: Path, codec: Image) -> Iterator[Example]:
-    """Pictures of a .npy file of uint8 (n, H, W[, C]), or of a folder or tar of picture files.
+def documents_of_rows(rows: Iterable[Any]) -> Iterator[str]:
+    """Each row a document; or, where the first begins one in WikiText's form, each row a line."""
+    lines: list[str] | None = None
+    for row in rows:
+        if not isinstance(row, str):
+            raise ValueError('a table of text needs a column "text" of strings')
+        if lines is None and row.strip():
+            lines = [] if _DOCUMENT.match(row) else None
+            if lines is None:
+                yield from (r for r in chain([row], rows) if r.strip())
+                return
+        if lines is not None:
+            if _DOCUMENT.match(row):
+                yield from _split("".join(lines))
+                lines = []
+            lines.append(row)
+    yield from _split("".join(lines or []))
 
-    Labels: ``<name>_labels.npy`` beside a .npy file, the folder's name for picture files.
+
+def read_pictures(path: Path, codec: Image, skip: bool = False) -> Iterator[Example]:
+    """Pictures of a .npy file of uint8 (n, H, W[, C]), of a folder or tar of picture files, or of
+    parquet files with a column "image" or "img".
+
+    Labels: ``<name>_labels.npy`` beside a .npy file, the folder's name for picture files, the
+    column "label" of a parquet file.
     """
     if path.suffix == ".npy":
         array, labels = open_picture_array(path, codec)
@@ -84,12 +129,22 @@ def read_pictures(path: Path, codec: Image) -> Iterator[Example]:
                 codec.array(array[i]), None if labels is None else codec.labels[labels[i]]
             )
         return
-    for name, data in _members(path, PICTURES):
+    if tables := _tables(path):
+        yield from examples_of_rows(chain(*map(read_rows, tables)), codec, skip)
+        return
+
+    def read(name: PurePosixPath, data: bytes) -> Example:
         label = name.parent.name if name.parent.name in codec.labels else None
-        picture = read_picture(io.BytesIO(data), codec, str(name))
-        if picture.shape != codec.shape:
-            raise ValueError(f"{str(name)!r} is {picture.shape}, the model takes {codec.shape}")
-        yield Example(picture, label)
+        return Example(_fitting_picture(data, codec, str(name)), label)
+
+    yield from _readable((partial(read, *member) for member in _members(path, PICTURES)), skip)
+
+
+def _fitting_picture(data: bytes, codec: Image, name: str) -> np.ndarray:
+    picture = read_picture(io.BytesIO(data), codec, name)
+    if picture.shape != codec.shape:
+        raise ValueError(f"{name!r} is {picture.shape}, the model takes {codec.shape}")
+    return picture
 
 
 def open_picture_array(path: Path, codec: Image) -> tuple[np.ndarray, np.ndarray | None]:
@@ -133,17 +188,24 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
-def read_clips(path: Path, codec: Audio) -> Iterator[Example]:
-    """Clips of one sound file, or of a folder or tar of sound files, at the rate of the codec.
+def read_clips(path: Path, codec: Audio, skip: bool = False) -> Iterator[Example]:
+    """Clips of one sound file, of a folder or tar of sound files, or of parquet files with a column
+    "audio", at the rate of the codec.
 
     Labels: as much of the file name, up to a "_", as is a label ("7_jackson_12" is one of
-    "7_jackson", or else of "7"), or else the folder's name.
+    "7_jackson", or else of "7"), or else the folder's name; the column "label" of a parquet file.
     """
-    for name, data in _members(path, SOUNDS):
+    if tables := _tables(path):
+        yield from examples_of_rows(chain(*map(read_rows, tables)), codec, skip)
+        return
+
+    def read(name: PurePosixPath, data: bytes) -> Example:
         parts = name.stem.split("_")
         candidates = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)] + [name.parent.name]
         label = next((c for c in candidates if c in codec.labels), None)
-        yield Example(read_sound(io.BytesIO(data), codec, str(name)), label)
+        return Example(read_sound(io.BytesIO(data), codec, str(name)), label)
+
+    yield from _readable((partial(read, *member) for member in _members(path, SOUNDS)), skip)
 
 
 def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
@@ -160,6 +222,80 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
     return codec.waveform(wave, sound.samplerate)
+
+
+def _tables(path: Path) -> list[Path]:
+    """The parquet files at ``path``, by name."""
+    if path.is_dir():
+        return sorted(path.rglob(f"*{PARQUET}"))
+    return [path] if path.suffix == PARQUET else []
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file; "label" is a name where the file has names (as ``datasets``
+    writes them).
+
+    Raises ValueError if it is damaged, or where pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            'parquet files need pyarrow; pip install "genssm[train]", or unpack them'
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            label = facts.get("info", {}).get("features", {}).get("label", {})
+            names = label.get("names")
+            for batch in file.iter_batches(256):
+                for row in batch.to_pylist():
+                    if names and isinstance(row.get("label"), int):
+                        row["label"] = names[row["label"]]
+                    yield row
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable parquet file: {error}") from error
+
+
+def examples_of_rows(
+    rows: Iterable[dict[str, Any]], codec: Image | Audio, skip: bool = False
+) -> Iterator[Example]:
+    """Examples of rows with a column "image", "img" or "audio" of {"bytes", "path"}.
+
+    A label that is a number without a name counts the labels of the codec; one that the codec does
+    not know counts as none.
+    """
+    column = ("image", "img") if isinstance(codec, Image) else ("audio",)
+
+    def read(number: int, row: dict[str, Any]) -> Example:
+        cell = next((row[name] for name in column if row.get(name) is not None), None)
+        known: dict[str, Any] = cell if isinstance(cell, dict) else {}
+        data, name = known.get("bytes"), known.get("path") or f"row {number}"
+        if not data:
+            raise ValueError(f"{name} has no bytes in a column {' or '.join(map(repr, column))}")
+        label = row.get("label")
+        if isinstance(label, int):
+            label = codec.labels[label] if 0 <= label < len(codec.labels) else None
+        label = label if label in codec.labels else None
+        if isinstance(codec, Image):
+            return Example(_fitting_picture(data, codec, name), label)
+        return Example(read_sound(io.BytesIO(data), codec, name), label)
+
+    yield from _readable((partial(read, i, row) for i, row in enumerate(rows)), skip)
+
+
+def _readable(readers: Iterable[Callable[[], T]], skip: bool) -> Iterator[T]:
+    """What the readers return, without those that raise ValueError if they are to be skipped."""
+    for read in readers:
+        try:
+            item = read()
+        except ValueError as error:
+            if not skip:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+        else:
+            yield item
 
 
 def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
@@ -194,11 +330,12 @@ def find_split(path: Path, split: str, modality: str) -> Path:
         raise ValueError(
             f"training data must be a folder with train and validation files, got {str(path)!r}"
         )
-    suffix = {"text": ".txt", "image": "", "audio": ""}[modality]
+    suffixes = {".txt", PARQUET} if modality == "text" else set()
     found = [
         p
         for p in sorted(path.iterdir())
-        if p.name.split(".")[0] == split and (p.is_dir() or suffix in p.suffixes or not suffix)
+        if p.name.split(".")[0] == split
+        and (p.is_dir() or not suffixes or suffixes & set(p.suffixes))
     ]
     if len(found) != 1:
         raise ValueError(

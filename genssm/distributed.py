@@ -63,6 +63,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes() -> int:
+    """How many processes ``torchrun`` started, 1 alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def default_device() -> torch.device:
     """The GPU that ``torchrun`` gave this process, the only one, or else the CPU."""
     if not torch.cuda.is_available():

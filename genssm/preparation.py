@@ -12,17 +12,10 @@ import torch
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
 from genssm.checkpoint import Checkpoint, replace_file
 from genssm.codec import Audio, Codec, Image, Text
-from genssm.data import (
-    Example,
-    find_split,
-    open_picture_array,
-    read_clips,
-    read_documents,
-    read_examples,
-    read_pictures,
-)
+from genssm.data import Example, open_picture_array
 from genssm.model import SequenceModel
 from genssm.recipes import Recipe
+from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
 
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
@@ -40,10 +33,10 @@ class Prepared:
 def prepare(
     recipe: Recipe, data: Path, out: Path, start: Checkpoint | None, validation_limit: int | None
 ) -> Prepared:
-    """Find the splits in ``data``; learn a tokenizer and fill the token cache in ``out`` once."""
-    find_split(data, "validation", recipe.modality)
-    codec, batch = _batches(recipe, find_split(data, "train", recipe.modality), out, start)
-    return Prepared(codec, batch, _validation_examples(recipe, codec, data, validation_limit))
+    """Find the splits of ``data``; learn a tokenizer and fill the token cache in ``out`` once."""
+    train, validation = (open_split(data, s, recipe.modality) for s in ("train", "validation"))
+    codec, batch = _batches(recipe, train, out, start)
+    return Prepared(codec, batch, _validation_examples(recipe, codec, validation, validation_limit))
 
 
 def build_codec(recipe: Recipe) -> Image | Audio:
@@ -54,28 +47,33 @@ def build_codec(recipe: Recipe) -> Image | Audio:
 
 
 def _batches(
-    recipe: Recipe, source: Path, out: Path, start: Checkpoint | None
+    recipe: Recipe, source: Split, out: Path, start: Checkpoint | None
 ) -> tuple[Codec, Callable[[int], Batch]]:
     settings = recipe.train
+    skip = settings.on_corrupt == "skip"
     if recipe.modality == "text":
         given = start.codec if start is not None and isinstance(start.codec, Text) else None
-        text = _tokenizer(source, out, recipe.codec["vocab_size"], given)
-        name = f"tokens-{fingerprint(source, text.tokenizer)}"
+        text = _tokenizer(source, out, recipe.codec["vocab_size"], given, skip)
         stream = open_tokens(
-            out / name, lambda: map(text.encode, read_documents(source)), text.vocab_size
+            out / f"tokens-{fingerprint(source.fingerprint(), text.tokenizer)}",
+            lambda: map(text.encode, source.documents(skip)),
+            text.vocab_size,
         )
-        return text, TextBatches(stream, settings.batch_size, settings.length, settings.seed).batch
+        boundary = text.boundary if settings.cut_documents else None
+        return text, TextBatches(
+            stream, settings.batch_size, settings.length, settings.seed, boundary
+        ).batch
     codec = build_codec(recipe)
     if isinstance(codec, Image):
-        if source.suffix == ".npy":
-            pictures, labels = open_picture_array(source, codec)
+        if source.path is not None and source.path.suffix == ".npy":
+            pictures, labels = open_picture_array(source.path, codec)
         else:
-            pictures, labels = _stack_pictures(read_pictures(source, codec), codec)
+            pictures, labels = _stack_pictures(source.examples(codec, skip), codec)
         return codec, PictureBatches(
             pictures, labels, codec, settings.batch_size, settings.seed, settings.flip
         ).batch
     return codec, ClipBatches(
-        read_clips(source, codec), codec, settings.batch_size, settings.length, settings.seed
+        source.examples(codec, skip), codec, settings.batch_size, settings.length, settings.seed
     ).batch
 
 
@@ -89,13 +87,13 @@ def _stack_pictures(
     return np.stack(pictures), np.array(labels) if min(labels) >= 0 else None
 
 
-def _tokenizer(source: Path, out: Path, vocab_size: int, given: Text | None) -> Text:
+def _tokenizer(source: Split, out: Path, vocab_size: int, given: Text | None, skip: bool) -> Text:
     """The tokenizer of a checkpoint, of ``out``, or one learned from a part of the text."""
     file, codec = out / "tokenizer.model", given
     if codec is None and file.exists():
         codec = Text(file.read_bytes())
     if codec is None or (given is None and codec.vocab_size != vocab_size):
-        documents = list(read_documents(source))
+        documents = list(source.documents(skip))
         budget = _LEARNED_FROM // max(1, len(documents))
         codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)
     learned = codec.tokenizer
@@ -104,11 +102,11 @@ def _tokenizer(source: Path, out: Path, vocab_size: int, given: Text | None) -> 
 
 
 def _validation_examples(
-    recipe: Recipe, codec: Codec, data: Path, limit: int | None
+    recipe: Recipe, codec: Codec, source: Split, limit: int | None
 ) -> list[Example]:
     """A validation set small enough to be measured every few minutes, spread over the whole."""
     most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
-    examples = list(read_examples(find_split(data, "validation", recipe.modality), codec))
+    examples = list(source.examples(codec, recipe.train.on_corrupt == "skip"))
     chosen = examples[:: max(1, len(examples) // most)][:most]
     if recipe.modality == "text":
         return [Example(example.raw[:60_000]) for example in chosen]

@@ -47,6 +47,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.0  # keep this much of the averaged weights a step; 0: no averaging
     flip: bool = False  # mirror half of the pictures
+    cut_documents: bool = False  # a window of text ends where its document does
     on_corrupt: str = "stop"  # at a file that is not readable; or "skip" it
     compile: bool = False  # torch.compile what follows each layer
     shard: bool = False  # over several processes, a part of the weights on each

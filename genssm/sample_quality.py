@@ -95,8 +95,8 @@ def draw(
     for i, label in enumerate(classes):
         n = count // len(classes) + (i < count % len(classes))
         if n:
-            own: Settings = {**settings, "count": n}
-            samples += pipe.sample(label=label, **own)
+            own: Settings = {**settings, "count": n, "label": label}
+            samples += pipe.sample(**own)
             note(f"{len(samples)} of {count} samples drawn")
     return samples
 

@@ -11,6 +11,7 @@ import torch
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
 from genssm.codec import Audio, Image
 from genssm.data import Example
+from genssm.model import SequenceModel
 
 IMAGE = Image(2, 3, 1, labels=("cat", "dog"))
 AUDIO = Audio(8000, labels=("one", "two"))
@@ -184,3 +185,65 @@ def test_clips_longer_than_a_sequence_are_cut_before_their_end():
 def test_fewer_clips_than_a_batch_are_refused(n: int):
     with pytest.raises(ValueError, match="a batch of 2 needs"):
         ClipBatches(clips(*[5] * n), AUDIO, 2, 100, seed=0).batch(0)
+
+
+# Documents
+
+
+def test_cut_windows_hold_nothing_of_another_document():
+    """Targets that count lie in the document of the window's first token, and its end; the rest of
+    the window is neither counted nor read."""
+    boundary, documents = 0, [np.arange(100 * d, 100 * d + n) for d, n in ((1, 7), (2, 30), (3, 5))]
+    stream = np.concatenate([[boundary, *d] for d in documents]).astype(np.uint16)
+    batches = TextBatches(stream, 4, 12, seed=0, boundary=boundary)
+    joined = TextBatches(stream, 4, 12, seed=0)
+    seen = set()
+    for step in range(50):
+        cut, whole = batches.batch(step), joined.batch(step)
+        assert cut.weights is not None
+        for tokens, weights, window in zip(cut.tokens, cut.weights, whole.tokens, strict=True):
+            n = int(weights.sum())
+            assert weights.tolist() == [1.0] * n + [0.0] * (12 - n)
+            assert tokens[: n + 1].tolist() == window[: n + 1].tolist()
+            assert set(tokens[n + 1 :].tolist()) <= {boundary}
+            inner = tokens[: n + 1][tokens[: n + 1] != boundary] // 100
+            assert len(inner.unique()) <= 1  # of one document
+            if n < 12:
+                assert int(tokens[n]) == boundary  # where the next one begins
+            seen.update(tokens[1 : n + 1].tolist())
+    assert seen == set(stream.tolist())  # nothing is left out
+
+
+@pytest.mark.parametrize("layer", ["s4", "s4d"])
+def test_no_target_depends_on_another_document_or_on_the_future(
+    layer: str, make_model: Callable[..., SequenceModel]
+):
+    """Other documents before and after, other tokens later: the counted losses stay the same."""
+    model, boundary = make_model("isotropic", layer), 19
+    random = np.random.default_rng(0)
+    stream = random.integers(0, 19, 80).astype(np.uint16)
+    stream[[0, 30, 50]] = boundary
+    other = stream.copy()
+    other[1:30], other[51:] = (random.integers(0, 19, n) for n in (29, 29))
+    losses = []
+    for tokens in (stream, other):
+        batches = TextBatches(tokens, 16, 24, seed=3, boundary=boundary)
+        starts = range(30, 50)
+        batch = batches.windows(np.array(starts))
+        with torch.no_grad():
+            losses.append(-model.log_prob(batch.tokens) * batch.weights)
+    assert torch.equal(losses[0], losses[1])
+    later = batch.tokens.clone()
+    later[:, 10:] = (later[:, 10:] + 1) % 19
+    with torch.no_grad():
+        a, b = model.log_prob(batch.tokens)[:, :9], model.log_prob(later)[:, :9]
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cut_batch_counts_its_first_targets():
+    weights = torch.tensor([[1.0, 1.0, 0.0]])
+    batch = Batch(torch.tensor([[1, 2, 3, 4]]), weights).cut(2)
+    assert batch.tokens.tolist() == [[1, 2, 3]]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [[1.0, 1.0]]
+    assert Batch(torch.tensor([[1, 2, 3, 4]])).cut(9).tokens.tolist() == [[1, 2, 3, 4]]

@@ -1,0 +1,133 @@
+"""Thousands of samples into a folder: shared among processes, resumed, none written twice.
+
+Sample i of a seed is the same whoever draws it, so a file is named by its index: ``000042.png``.
+What is there already is not drawn again; ``bulk.json`` says what the folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from genssm import notes
+from genssm.checkpoint import replace_file
+from genssm.codec import Audio, Image
+from genssm.files import png, sound
+from genssm.pipeline import Pipeline, Sample
+from genssm.request import Request
+
+_BLOCK = 64  # samples drawn side by side by one process
+_FACTS = "bulk.json"
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """What a folder of samples holds: ``count`` of them, class after class by turns."""
+
+    checkpoint: str  # content hash
+    weights: str
+    request: dict[str, Any]  # settings of Request, the same for all
+    prompt: str | None  # text, or the name of a class; None: every class by turns
+    seed: int
+    count: int
+
+
+def sample_to_folder(
+    pipe: Pipeline,
+    folder: Path,
+    request: Request,
+    prompt: str | None,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    report: Callable[[int, int], None] = lambda done, all: None,
+) -> int:
+    """Draw what is missing of ``request.count`` samples in ``folder``; return how many that was.
+
+    Process ``rank`` of ``processes`` draws every ``processes``-th block. Interrupted or killed, it
+    goes on where it stopped; a larger count adds to the samples that are there. ``request`` must
+    set a seed. Raises ValueError for a folder with other samples, or for settings that do not fit.
+    """
+    if request.seed is None:
+        raise ValueError("samples in a folder need a seed, so that they can be gone on with")
+    if request.rank > 1:
+        raise ValueError("rank chooses among samples; in a folder each is kept")
+    _agree(pipe, folder, request, prompt)
+    drawn = 0
+    for number, (label, indices) in enumerate(_blocks(pipe, request.count, prompt)):
+        if number % processes != rank:
+            continue
+        missing = [i for i in indices if not _file(pipe, folder, i).exists()]
+        if not missing:
+            continue
+        own = replace(request, count=1, label=label)
+        text = prompt if pipe.modality == "text" else None
+        plan = replace(pipe.plan(text, own), indices=tuple(missing))
+        for session in pipe.batches(plan):
+            for sample in session.run():
+                _write(pipe, sample, _file(pipe, folder, sample.index), prompt)
+                drawn += 1
+            report(drawn, request.count)
+    return drawn
+
+
+def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -> None:
+    """Check that the folder is new or holds fewer or more of the same samples, and say so in it."""
+    assert request.seed is not None
+    settings = {k: v for k, v in asdict(request).items() if k not in ("count", "seed", "first")}
+    plain = json.loads(json.dumps(settings))
+    weights = pipe.weights_of(pipe.plan(None, replace(request, count=1)))
+    facts = Bulk(pipe.content_hash, weights, plain, prompt, request.seed, request.count)
+    file = folder / _FACTS
+    if file.exists():
+        try:
+            before = Bulk(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(file)!r} is damaged; use another folder") from error
+        if replace(before, count=facts.count) != facts:
+            raise ValueError(
+                f"{str(folder)!r} holds samples of another model, prompt, seed or setting; use "
+                "another folder"
+            )
+        if before.count >= facts.count:
+            return
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} holds something else; use another folder")
+    replace_file(file, lambda target: target.write_text(json.dumps(asdict(facts), indent=1)))
+
+
+def _blocks(pipe: Pipeline, count: int, prompt: str | None) -> Iterator[tuple[str | None, range]]:
+    """Indices that are drawn side by side, with their class: index i has class i mod classes."""
+    classes = pipe.codec.classes if prompt is None else ()
+    if not classes:
+        label = prompt if pipe.modality != "text" else None
+        for first in range(0, count, _BLOCK):
+            yield label, range(first, min(count, first + _BLOCK))
+        return
+    stride = _BLOCK * len(classes)
+    for first in range(0, count, stride):
+        for i, label in enumerate(classes):
+            if indices := range(first + i, min(count, first + stride), len(classes)):
+                yield label, indices
+
+
+def _file(pipe: Pipeline, folder: Path, index: int) -> Path:
+    suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[pipe.modality]
+    return folder / f"{index:06}{suffix}"
+
+
+def _write(pipe: Pipeline, sample: Sample, path: Path, prompt: str | None) -> None:
+    codec = pipe.codec
+    if isinstance(codec, Image):
+        content = png(sample.raw)
+    elif isinstance(codec, Audio):
+        content = sound(sample.raw, codec.rate, "wav")
+    else:
+        content = sample.raw.encode()
+    recipe = pipe.recipe([sample], prompt)
+    if recipe is not None:
+        content = notes.add(content, json.dumps(recipe.to_json()))
+    replace_file(path, lambda file: file.write_bytes(content))

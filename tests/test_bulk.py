@@ -1,0 +1,120 @@
+"""Folders of samples: every index once, whoever draws it, and gone on with after any end."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from genssm import bulk, notes
+from genssm.bulk import sample_to_folder
+from genssm.checkpoint import Checkpoint
+from genssm.pipeline import Pipeline
+from genssm.request import Request
+
+
+@pytest.fixture(scope="module")
+def pipes(make_checkpoint: Callable[[str], Checkpoint]) -> dict[str, Pipeline]:
+    return {m: Pipeline("small", make_checkpoint(m), engine="eager") for m in ("text", "image")}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "_BLOCK", 3)
+
+
+REQUEST = Request(count=10, seed=5, max_tokens=6)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "bulk.json"}
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_processes_share_the_samples_of_one(
+    modality: str, pipes: dict[str, Pipeline], tmp_path: Path
+):
+    pipe = pipes[modality]
+    assert sample_to_folder(pipe, tmp_path / "one", REQUEST, None) == 10
+    drawn = [
+        sample_to_folder(pipe, tmp_path / "two", REQUEST, None, rank=rank, processes=2)
+        for rank in (1, 0)
+    ]
+    assert sum(drawn) == 10
+    assert min(drawn) >= 3
+    one = contents(tmp_path / "one")
+    assert [int(Path(name).stem) for name in one] == list(range(10))
+    assert contents(tmp_path / "two") == one
+    assert len(set(one.values())) == 10
+
+
+def test_each_file_is_the_sample_of_its_index_with_its_recipe(
+    pipes: dict[str, Pipeline], tmp_path: Path
+):
+    """Of classes by turns; ``genssm sample --like`` can make each again."""
+    sample_to_folder(pipes["image"], tmp_path / "out", REQUEST, None)
+    for i in (0, 3, 7):
+        note = notes.find(tmp_path / "out" / f"{i:06}.png")
+        assert note is not None
+        recipe = json.loads(note)
+        assert recipe["indices"] == [i]
+        assert recipe["seed"] == 5
+        assert recipe["tokens"] == [pipes["image"].codec.start(("cat", "dog")[i % 2])]
+
+
+def test_what_is_there_is_not_drawn_again_and_more_can_be_added(
+    pipes: dict[str, Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipe, out = pipes["image"], tmp_path / "out"
+    whole = tmp_path / "whole"
+    sample_to_folder(pipe, whole, replace(REQUEST, count=14), None)
+    write, written = bulk._write, []
+
+    def fail_at_the_fifth(*arguments) -> None:
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(arguments[2])
+        write(*arguments)
+
+    monkeypatch.setattr(bulk, "_write", fail_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_folder(pipe, out, REQUEST, None)
+    monkeypatch.setattr(bulk, "_write", write)
+    assert len(contents(out)) == 4
+    before = {p: p.stat().st_mtime_ns for p in written}
+    assert sample_to_folder(pipe, out, REQUEST, None) == 6
+    assert sample_to_folder(pipe, out, REQUEST, None) == 0
+    assert sample_to_folder(pipe, out, replace(REQUEST, count=14), None) == 4
+    assert {p: p.stat().st_mtime_ns for p in written} == before
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("request_", "prompt"),
+    [
+        (replace(REQUEST, seed=6), None),
+        (replace(REQUEST, temperature=0.5), None),
+        (REQUEST, "cat"),
+    ],
+)
+def test_other_samples_do_not_share_a_folder(
+    request_: Request, prompt: str | None, pipes: dict[str, Pipeline], tmp_path: Path
+):
+    sample_to_folder(pipes["image"], tmp_path / "out", replace(REQUEST, count=1), None)
+    with pytest.raises(ValueError, match="of another model, prompt, seed or setting"):
+        sample_to_folder(pipes["image"], tmp_path / "out", request_, prompt)
+
+
+def test_a_folder_with_other_things_is_refused(pipes: dict[str, Pipeline], tmp_path: Path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="holds something else"):
+        sample_to_folder(pipes["text"], tmp_path, REQUEST, None)
+    with pytest.raises(ValueError, match="need a seed"):
+        sample_to_folder(pipes["text"], tmp_path / "a", replace(REQUEST, seed=None), None)
+    with pytest.raises(ValueError, match="rank chooses among samples"):
+        sample_to_folder(pipes["text"], tmp_path / "a", replace(REQUEST, rank=2), None)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "bulk.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        sample_to_folder(pipes["text"], tmp_path / "b", REQUEST, None)

@@ -1,0 +1,210 @@
+"""Public sets by name, from local files in their formats, and files that are not readable."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genssm import sources
+from genssm.codec import Audio, Image, Text
+from genssm.data import Example, documents_of_rows, read_documents, read_examples
+from genssm.sources import PUBLIC, PublicSet, Split, open_split
+
+IMAGE = Image(4, 4, 3, labels=("cat", "dog"))
+AUDIO = Audio(8000, labels=("one", "two"))
+LINES = [
+    "",
+    " = One = \n",
+    "\n",
+    "first\n",
+    " = = part = = \n",
+    "more\n",
+    " = Two = \n",
+    "second\n",
+]
+ARTICLES = ["".join(LINES[1:6]), "".join(LINES[6:])]
+
+
+def write_table(path: Path, columns: dict[str, list[Any]], names: list[str] | None = None) -> Path:
+    """A parquet file, with the names of its labels as ``datasets`` stores them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(columns)
+    if names:
+        facts = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(facts)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path)
+    return path
+
+
+@pytest.fixture
+def cells(tmp_path: Path, write_picture: Callable[..., Path], write_sound: Callable[..., Path]):
+    """(modality, n) → cells {"bytes", "path"} of n files, the i-th of one value, and their raws."""
+
+    def make(modality: str, n: int) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+        made, raws = [], []
+        for i in range(n):
+            if modality == "image":
+                raws.append(np.full((4, 4, 3), 40 * i, np.uint8))
+                file = write_picture(tmp_path / "files" / f"{i}.png", raws[-1])
+            else:
+                raws.append(np.full(50 + i, i / 8, np.float32))
+                file = write_sound(tmp_path / "files" / f"{i}.wav", raws[-1])
+            made.append({"bytes": file.read_bytes(), "path": file.name})
+        return made, raws
+
+    return make
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make a local parquet file of each split the public set of a name, read by ``datasets``."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    load = datasets.load_dataset
+
+    def make(name: str, files: dict[str, Path], **settings: Any) -> None:
+        paths = {split: str(file) for split, file in files.items()}
+        monkeypatch.setattr(
+            datasets, "load_dataset",
+            lambda repository, config, split, revision: load(
+                "parquet", data_files=paths, split=split, cache_dir=str(tmp_path / "cache")
+            ),
+        )  # fmt: skip
+        splits = {split: split for split in files}
+        entry = PublicSet(settings.pop("modality"), "owner/name", None, splits, **settings)
+        monkeypatch.setitem(PUBLIC, name, entry)
+
+    return make
+
+
+def assert_same_examples(actual: list[Example], raws: list[np.ndarray], labels: list) -> None:
+    assert [e.label for e in actual] == labels
+    for example, raw in zip(actual, raws, strict=True):
+        np.testing.assert_allclose(example.raw, raw, atol=1e-4)
+
+
+@pytest.mark.parametrize(("codec", "column"), [(IMAGE, "image"), (IMAGE, "img"), (AUDIO, "audio")])
+@pytest.mark.parametrize("named", [True, False])
+def test_parquet_files_are_read_as_the_files_inside_them(
+    codec: Image | Audio, column: str, named: bool, cells, tmp_path: Path
+):
+    """Labels by the names in the file, in any order, or else as numbers of the codec's labels."""
+    made, raws = cells(codec.modality, 4)
+    names = [codec.labels[1], "other", codec.labels[0]] if named else None
+    labels = ([0, 2], [1, 0]) if named else ([1, 0], [7, 1])
+    for i, (part, own) in enumerate(zip((made[:2], made[2:]), labels, strict=True)):
+        write_table(tmp_path / "t" / f"{i}.parquet", {column: part, "label": own}, names)
+    first, second = codec.labels
+    expected = [second, first, None, second]
+    assert_same_examples(list(read_examples(tmp_path / "t", codec)), raws, expected)
+    alone = list(read_examples(tmp_path / "t" / "0.parquet", codec))
+    assert_same_examples(alone, raws[:2], expected[:2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "documents"),
+    [
+        (LINES, ARTICLES),
+        (["a story .\n\nIts end", "", "another"], ["a story .\n\nIts end", "another"]),
+        ([], []),
+        (["", " "], []),
+    ],
+)
+def test_rows_of_text_are_lines_of_wikitext_or_documents(rows: list[str], documents: list[str]):
+    assert list(documents_of_rows(iter(rows))) == documents
+
+
+def test_parquet_text_is_read_as_the_text_file(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("".join(LINES))
+    table = write_table(tmp_path / "text.parquet", {"text": LINES})
+    assert list(read_documents(table)) == list(read_documents(tmp_path / "text.txt")) == ARTICLES
+    assert open_split(tmp_path_with(table, tmp_path), "train", "text").path is not None
+    other = write_table(tmp_path / "other.parquet", {"body": ["x"]})
+    with pytest.raises(ValueError, match='needs a column "text"'):
+        list(read_documents(other))
+
+
+def tmp_path_with(table: Path, folder: Path) -> Path:
+    (folder / "data").mkdir()
+    (folder / "data" / "train.parquet").write_bytes(table.read_bytes())
+    return folder / "data"
+
+
+def test_public_pictures_and_sounds_come_by_name(cells, publish, tmp_path: Path):
+    made, raws = cells("audio", 4)
+    table = write_table(
+        tmp_path / "a.parquet", {"audio": made, "label": [0, 1, 2, 0]}, ["two", "stop", "one"]
+    )
+    publish("sc09", {"train": table}, modality="audio", only=("one", "two"))
+    split = open_split(Path("sc09"), "train", "audio")
+    actual = list(split.examples(AUDIO))
+    assert_same_examples(actual, [raws[0], raws[2], raws[3]], ["two", "one", "two"])
+    assert_same_examples(list(sources.read_examples(Path("sc09:train"), AUDIO)),
+                         [e.raw for e in actual], [e.label for e in actual])  # fmt: skip
+    with pytest.raises(ValueError, match="has no split 'validation'; known: train"):
+        list(open_split(Path("sc09"), "validation", "audio").examples(AUDIO))
+    with pytest.raises(ValueError, match="sc09 is audio, the recipe is for image"):
+        open_split(Path("sc09"), "train", "image")
+
+
+def test_public_text_comes_by_name_and_is_identified(publish, tmp_path: Path, text_codec: Text):
+    publish("wikitext-2", {"train": write_table(tmp_path / "t.parquet", {"text": LINES})},
+            modality="text")  # fmt: skip
+    split = open_split(Path("wikitext-2"), "train", "text")
+    assert list(split.documents()) == ARTICLES
+    assert [e.raw for e in split.examples(text_codec)] == ARTICLES
+    assert split.fingerprint() != open_split(Path("wikitext-103"), "train", "text").fingerprint()
+
+
+def test_a_folder_wins_over_a_public_set_and_unknown_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no folder 'mnits', and it is no public set; known: wiki"):
+        open_split(Path("mnits"), "train", "image")
+    (tmp_path / "mnist" / "train").mkdir(parents=True)
+    assert open_split(Path("mnist"), "train", "image") == Split(Path("mnist/train"))
+
+
+def test_files_are_identified_by_name_size_and_date(tmp_path: Path):
+    (tmp_path / "train.txt").write_text("abc")
+    split = open_split(tmp_path, "train", "text")
+    before = split.fingerprint()
+    assert split.fingerprint() == before
+    (tmp_path / "train.txt").write_text("abcd")
+    assert split.fingerprint() != before
+
+
+def test_what_is_not_readable_is_fatal_or_left_out_as_asked(
+    cells, tmp_path: Path, write_sound: Callable[..., Path]
+):
+    folder = tmp_path / "clips"
+    for i in range(3):
+        write_sound(folder / f"one_{i}.wav", np.zeros(40, np.float32))
+    (folder / "one_1.wav").write_bytes(b"no sound")
+    with pytest.raises(ValueError, match=r"one_1.wav' is not a readable sound file"):
+        list(read_examples(folder, AUDIO))
+    with pytest.warns(UserWarning, match=r"left out: .*one_1.wav' is not a readable sound file"):
+        assert len(list(read_examples(folder, AUDIO, skip=True))) == 2
+    made, _ = cells("image", 3)
+    made[1]["bytes"] = made[1]["bytes"][:20]
+    table = write_table(tmp_path / "t.parquet", {"image": [*made, None]})
+    with pytest.warns(UserWarning, match="left out") as warned:
+        assert len(list(read_examples(table, IMAGE, skip=True))) == 2
+    assert len(warned) == 2
+    table.write_bytes(table.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"t.parquet' is not a readable parquet file"):
+        list(read_examples(table, IMAGE))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("fine")
+    (texts / "b.txt").write_bytes(b"\xff\xfe not utf-8 \xff")
+    with pytest.raises(ValueError, match=r"b.txt' is not readable UTF-8"):
+        list(read_documents(texts))
+    with pytest.warns(UserWarning, match=r"b.txt"):
+        assert list(read_documents(texts, skip=True)) == ["fine"]

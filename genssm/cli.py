@@ -519,6 +519,9 @@ def evaluate(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Draw so many for each, keep the likeliest.")
     ] = None,
+    rank_by: Annotated[
+        str | None, typer.Option(help="bits, or class: keep what is most surely of its class.")
+    ] = None,
     trim: Annotated[
         float | None, typer.Option(help="With --rank, pass over this part of the likeliest.")
     ] = None,
@@ -533,7 +536,7 @@ def evaluate(
     from genssm.sources import read_examples
 
     options = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
-               "trim": trim}  # fmt: skip
+               "rank_by": rank_by, "trim": trim}  # fmt: skip
     given = {option: value for option, value in options.items() if value is not None}
     if samples is None and (given or classifier is not None):
         raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
@@ -709,6 +712,36 @@ def sampling(
         replace_file(out, lambda file: file.write_text(text))
     if plot is not None:
         replace_file(plot, lambda file: sampling_benchmark.plot(facts, file))
+
+
+@benchmark.command()
+@_command
+def quality(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits.")],
+    data: Annotated[Path, typer.Option(help="As for genssm train.")],
+    work: Annotated[Path, typer.Option(help="Folder for the tokenizer and the tokens.")],
+    steps: Annotated[int, typer.Option(min=1, help="Updates of each model.")] = 1000,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Train a recipe and a GPT-2 of its size on the same tokens; measure both."""
+    import torch
+
+    from genssm.checkpoint import replace_file
+    from genssm.quality_benchmark import benchmark_quality
+
+    _check_new(out, force)
+    chosen = _recipe(recipe, settings or [])
+    torch.set_flush_denormal(True)
+    facts = benchmark_quality(chosen, data, work, steps, _say)
+    if out is not None:
+        text = json.dumps(facts, indent=1) + "\n"
+        replace_file(out, lambda file: file.write_text(text))
 
 
 def _check_new(file: Path | None, force: bool) -> None:

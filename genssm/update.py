@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,10 +25,16 @@ _LN2 = math.log(2)
 ALONE = World()
 
 
+class Autoregressive(Protocol):
+    """What is trained: a module with the likelihood of tokens (B, L + 1), nats of L each."""
+
+    def log_prob(self, tokens: Tensor) -> Tensor: ...
+
+
 class Objective(nn.Module):
     """What some sequences add to the loss of a batch."""
 
-    def __init__(self, model: SequenceModel) -> None:
+    def __init__(self, model: Autoregressive) -> None:
         super().__init__()
         self.model = model
 

@@ -34,6 +34,7 @@ ORDER = (
     "training_state",
     "training_log",
     "benchmark",
+    "quality_benchmark",
     "sampling",
     "simd",
     "stepper",

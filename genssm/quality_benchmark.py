@@ -1,0 +1,155 @@
+"""Quality beside a Transformer: GPT-2 of the same size, on the same tokens, in as many steps.
+
+Both read the same batches, are updated by the same rules (Muon for hidden matrices, AdamW for the
+rest, the recipe's rates and schedule) and are measured on the same validation windows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genssm.batches import Batch
+from genssm.benchmark import machine
+from genssm.model import ModelConfig, SequenceModel
+from genssm.optim import AdamW, Muon, build_optimizers, rate
+from genssm.preparation import Prepared, prepare
+from genssm.recipes import Recipe
+from genssm.update import Objective, train_step
+
+_WINDOWS = 64  # validation windows that are measured
+_BLOCKS, _HEAD = 6, 32  # of GPT-2: blocks, features of an attention head
+_LN2 = math.log(2)
+
+
+class Transformer(nn.Module):
+    """GPT-2 from ``transformers`` (extra ``benchmark``), untrained, of about ``size`` parameters.
+
+    Its table of positions is not counted: our models have none.
+    """
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        try:
+            from transformers import (  # pyright: ignore[reportMissingImports]
+                GPT2Config,
+                GPT2LMHeadModel,
+            )
+        except ImportError as error:
+            raise ValueError(
+                'the comparison needs transformers; pip install "genssm[benchmark]"'
+            ) from error
+        self.config = config
+        width = _width(size, config.vocab_size)
+        self.model: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=config.vocab_size, n_positions=config.l_max, n_embd=width,
+                n_layer=_BLOCKS, n_head=max(1, width // _HEAD), use_cache=False,
+                resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+            )
+        )  # fmt: skip
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """As ``SequenceModel.log_prob``."""
+        logits = self.model(tokens[:, :-1]).logits[..., : self.config.n_outputs].float()
+        return torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+    def optimizers(self, lr: float, matrix_lr: float, decay: float) -> list[torch.optim.Optimizer]:
+        """The same rules as ``build_optimizers`` has for our models."""
+        matrices = [p for p in self.model.transformer.h.parameters() if p.dim() == 2]
+        seen = set(matrices)
+        others = [p for p in self.model.parameters() if p not in seen]
+        adam = AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return [Muon(matrices, matrix_lr, decay), adam]
+
+
+def _width(size: int, vocab_size: int) -> int:
+    """The multiple of a head's width at which 12 w² a block and the embedding are nearest."""
+    return min(
+        range(_HEAD, 4096, _HEAD),
+        key=lambda w: abs(12 * _BLOCKS * w * w + vocab_size * w - size),
+    )
+
+
+def benchmark_quality(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    steps: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train both for ``steps`` steps; return their bits per token, sizes and times.
+
+    ``out`` receives the tokenizer and the tokens. Raises ValueError without ``transformers``.
+    """
+    prepared = prepare(recipe, data, out, None, _WINDOWS)
+    torch.manual_seed(recipe.train.seed)
+    config = ModelConfig(
+        vocab_size=prepared.codec.vocab_size, n_outputs=prepared.codec.n_outputs,
+        l_max=recipe.train.length, **recipe.model,
+    )  # fmt: skip
+    ours, settings = SequenceModel(config), recipe.train
+    size = sum(p.numel() for p in ours.parameters())
+    gpt2 = Transformer(config, size)
+    rates = (settings.lr, settings.matrix_lr, settings.weight_decay)
+    facts: dict[str, Any] = {
+        "machine": machine(),
+        "recipe": asdict(recipe),
+        "steps": steps,
+        "tokens": sum(prepared.batch(i).tokens[:, 1:].numel() for i in range(steps)),
+        "unit": "bits/token",
+    }
+    subjects = {"genssm": (ours, build_optimizers(ours, *rates)),
+                "gpt2": (gpt2, gpt2.optimizers(*rates))}  # fmt: skip
+    for name, (model, optimizers) in subjects.items():
+        started = time.perf_counter()
+        _train(model, optimizers, prepared, recipe, steps)
+        seconds = time.perf_counter() - started
+        counted = sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n)
+        bits = _measure(model, prepared, settings.length)
+        facts[name] = {"parameters": counted, "bits": round(bits, 4), "seconds": round(seconds, 1)}
+        note(f"{name}: {bits:.4f} bits/token, {counted / 1e6:.2f} M parameters, {seconds:.0f} s")
+    return facts
+
+
+def _train(
+    model: SequenceModel | Transformer,
+    optimizers: list[torch.optim.Optimizer],
+    prepared: Prepared,
+    recipe: Recipe,
+    steps: int,
+) -> None:
+    settings, objective = recipe.train, Objective(model)
+    bases = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    for step in range(steps):
+        factor = rate(step, step / steps, settings.warmup, settings.decay, settings.schedule)
+        for optimizer, base in zip(optimizers, bases, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+        train_step(objective, optimizers, prepared.batch(step), settings.clip,
+                   (settings.seed, step), accumulate=settings.accumulate)  # fmt: skip
+
+
+@torch.no_grad()
+def _measure(model: SequenceModel | Transformer, prepared: Prepared, length: int) -> float:
+    model.eval()
+    bits = tokens = 0.0
+    for batch in _windows(prepared, length):
+        bits -= float(model.log_prob(batch.tokens).double().sum()) / _LN2
+        tokens += batch.tokens.shape[1] - 1
+    return bits / tokens
+
+
+def _windows(prepared: Prepared, length: int) -> Iterator[Batch]:
+    """The beginning of every validation example, at most ``length`` targets of it."""
+    for example in prepared.validation[:_WINDOWS]:
+        tokens = prepared.codec.encode(example.raw, example.label)[: length + 1]
+        if len(tokens) > 1:
+            yield Batch(tokens[None])

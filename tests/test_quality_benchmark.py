@@ -1,0 +1,60 @@
+"""The comparison with GPT-2: same tokens, same size, both learn, both measured alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genssm.model import ModelConfig
+from genssm.quality_benchmark import Transformer, benchmark_quality
+from genssm.recipes import Recipe, TrainConfig
+
+pytest.importorskip("transformers")
+CONFIG = ModelConfig(vocab_size=260, n_outputs=257, d_model=(64,), l_max=24)
+
+
+@pytest.mark.parametrize("size", [500_000, 4_000_000])
+def test_gpt2_has_the_size_that_was_asked_for(size: int):
+    model = Transformer(CONFIG, size)
+    counted = sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n)
+    assert 0.75 * size < counted < 1.25 * size
+
+
+def test_gpt2_is_normalised_and_reads_no_future():
+    model = Transformer(CONFIG, 300_000).eval()
+    tokens = torch.randint(0, 257, (2, 20))
+    with torch.no_grad():
+        every = torch.stack(
+            [model.log_prob(torch.cat([tokens[:, :8], torch.full((2, 1), v)], 1))[:, -1]
+             for v in range(257)]
+        )  # fmt: skip
+        torch.testing.assert_close(every.exp().sum(0), torch.ones(2), rtol=1e-4, atol=1e-4)
+        later = tokens.clone()
+        later[:, 10:] = 0
+        torch.testing.assert_close(model.log_prob(tokens)[:, :9], model.log_prob(later)[:, :9])
+
+
+@pytest.mark.slow
+def test_both_learn_and_are_measured_on_the_same_tokens(
+    tmp_path: Path, write_sound: Callable[..., Path]
+):
+    for split, amount in (("train", 12), ("validation", 3)):
+        for i in range(amount):
+            wave = 0.5 * np.sin(np.arange(60) * (0.1 + 0.4 * (i % 2)))
+            write_sound(tmp_path / split / f"{('low', 'high')[i % 2]}_{i}.wav", wave)
+    recipe = Recipe(
+        "audio", {"rate": 8000, "labels": ("low", "high")},
+        {"d_model": (32,), "n_layers": (2,), "d_state": 8},
+        TrainConfig(batch_size=4, length=64, warmup=2, lr=0.01),
+    )  # fmt: skip
+    notes: list[str] = []
+    short, longer = (
+        benchmark_quality(recipe, tmp_path, tmp_path / "work", n, notes.append) for n in (1, 12)
+    )
+    for name in ("genssm", "gpt2"):
+        assert longer[name]["bits"] < short[name]["bits"]
+    assert longer["tokens"] > short["tokens"]
+    assert longer["unit"] == "bits/token"
+    assert [line.split(":")[0] for line in notes] == ["genssm", "gpt2"] * 2

@@ -1,0 +1,45 @@
+// Text in pieces [text, bits], each tinted by its surprise; bits is null for what was given.
+const MOST = 12; // bits of the strongest tint
+const view = { run: 0, count: 0 };
+const page = make("div", "page", root);
+page.tabIndex = 0;
+page.setAttribute("role", "region");
+page.setAttribute("aria-label", "Text, tinted by surprise");
+const tip = make("div", "tip", root);
+tip.hidden = true;
+
+function draw() {
+  const message = props.value;
+  if (!message) return;
+  const following = page.scrollHeight - page.scrollTop - page.clientHeight < 40;
+  const added = document.createDocumentFragment();
+  for (const [text, bits] of news(view, message, () => page.replaceChildren())) {
+    const piece = make("span", bits === null ? "told" : "drawn", added);
+    piece.textContent = text;
+    if (bits === null) continue;
+    piece.dataset.bits = bits.toFixed(1);
+    piece.style.setProperty("--surprise", Math.min(bits / MOST, 1).toFixed(3));
+  }
+  page.append(added);
+  page.classList.toggle("growing", !message.done);
+  if (following) page.scrollTop = page.scrollHeight;
+}
+
+function point(event) {
+  const piece = event.target.closest(".drawn");
+  tip.hidden = !piece;
+  if (!piece) return;
+  const bits = Number(piece.dataset.bits);
+  const chance = 100 * 2 ** -bits;
+  const percent = chance >= 10 ? chance.toFixed(0) : chance >= 0.1 ? chance.toFixed(1) : "< 0.1";
+  tip.textContent = `${piece.dataset.bits} bits · probability ${percent} %`;
+  const box = piece.getBoundingClientRect();
+  const frame = root.getBoundingClientRect();
+  tip.style.left = `${Math.max(0, Math.min(box.left - frame.left, frame.width - tip.offsetWidth))}px`;
+  tip.style.top = `${box.top - frame.top - tip.offsetHeight - 4}px`;
+}
+page.addEventListener("pointerover", point);
+page.addEventListener("click", point);
+page.addEventListener("pointerleave", () => (tip.hidden = true));
+watch("value", draw);
+draw();

@@ -1,0 +1,249 @@
+"""The models behind a page: loaded on first use, one scheduler each, shared by all visitors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+
+from genssm.codec import Raw
+from genssm.pipeline import Pipeline, Sample, load
+from genssm.sampling import new_seed
+from genssm.scheduler import BusyError, Job, Scheduler
+
+SHIPPED = ("wiki", "cifar10", "digits")
+UPDATES = 18  # of the page, a second
+SECONDS = 90.0  # after which a request ends with what it has
+LIMIT = 16  # requests under way on one model
+WAITING = 32  # visitors who wait for a place, on one model
+PATIENCE = 0.2  # seconds between two looks at the line
+LARGEST_SEED = 2**32 - 1  # that the box for it takes
+
+P = ParamSpec("P")
+Y = TypeVar("Y")
+T = TypeVar("T")
+
+
+class Visit:
+    """One request of one visitor: waiting, under way or over."""
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self._left = threading.Event()
+
+    def stop(self) -> None:
+        """Leave the line, or end the request; what was drawn stays."""
+        self._left.set()
+        if self.job is not None:
+            self.job.cancel()
+
+    @property
+    def left(self) -> bool:
+        return self._left.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Until the visitor leaves, at most so long."""
+        self._left.wait(seconds)
+
+    def samples(self) -> list[Sample]:
+        """What has been drawn so far."""
+        return [] if self.job is None else self.job.samples()
+
+
+class House:
+    """The model of each modality, and who samples from it."""
+
+    def __init__(self, names: Sequence[str] = (), *, limit: int = LIMIT) -> None:
+        """``names``: models that take the place of the shipped ones of their modality.
+
+        Raises CheckpointError for a model that is not there or not readable, ValueError for two of
+        one modality.
+        """
+        self.limit = limit
+        self._pipes: dict[str, Pipeline] = {}
+        for name in names:
+            pipe = load(name)
+            if pipe.modality in self._pipes:
+                raise ValueError(
+                    f"{self._pipes[pipe.modality].name!r} and {name!r} both make {pipe.modality}; "
+                    "a page shows one model of a kind"
+                )
+            self._pipes[pipe.modality] = pipe
+        for name in SHIPPED:
+            if len(self._pipes) == len(SHIPPED):
+                break
+            pipe = load(name)
+            self._pipes.setdefault(pipe.modality, pipe)
+        self._schedulers: dict[tuple[str, float], Scheduler] = {}
+        self._lines: dict[tuple[str, float], list[Visit]] = {}
+        self._loading, self._lining = threading.Lock(), threading.Lock()
+
+    def pipe(self, modality: str, rate: float = 1.0) -> Pipeline:
+        """The model of "text", "image" or "audio"; sound at another rate, too."""
+        return self._pipes[modality].at_rate(rate)
+
+    def scheduler(self, modality: str, rate: float = 1.0) -> Scheduler:
+        """The one scheduler of a model at a rate, made on first use."""
+        with self._loading:
+            if (modality, rate) not in self._schedulers:
+                pipe = self.pipe(modality, rate)
+                self._schedulers[modality, rate] = Scheduler(pipe, limit=self.limit)
+            return self._schedulers[modality, rate]
+
+    def begin(
+        self,
+        visit: Visit,
+        modality: str,
+        prompt: Raw = None,
+        *,
+        rate: float = 1.0,
+        seed: float | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """Wait in line for a place, then begin a request; yields what a visitor is told meanwhile.
+
+        Afterwards ``visit.job`` is the request, or None for a visitor who left. No seed, or a
+        negative one, is a new seed. Raises ValueError for what does not fit, and BusyError when
+        too many wait.
+        """
+        if (modality, rate) not in self._schedulers:
+            yield "loading the model …"
+        scheduler = self.scheduler(modality, rate)
+        settings = {**settings, "seed": chosen_seed(seed), "seconds": SECONDS}
+        line = self._lines.setdefault((modality, rate), [])
+        with self._lining:
+            if len(line) >= WAITING:
+                raise BusyError(f"{len(line)} visitors wait already; try again in a minute")
+            line.append(visit)
+        try:
+            while not visit.left:
+                ahead = line.index(visit)
+                if ahead == 0:
+                    with contextlib.suppress(BusyError):
+                        visit.job = scheduler.submit(prompt, **settings)
+                        return
+                yield (
+                    f"{scheduler.busy} requests are under way, the most there is room for; "
+                    + (f"{ahead} more before you" if ahead else "you are next")
+                )
+                visit.wait(PATIENCE)
+        finally:
+            with self._lining:
+                line.remove(visit)
+
+    def status(self, visit: Visit, modality: str, rate: float = 1.0, extra: str = "") -> str:
+        """The line under what is made: seed, speed, the size of the state, the company."""
+        samples = visit.samples()
+        drawn = sum(len(s.tokens) for s in samples)
+        if not drawn:
+            return "nothing was drawn" if visit.left else "reading the prompt …"
+        pipe = self.pipe(modality, rate)
+        parts = [f"seed {samples[0].seed}", f"{drawn:,} tokens", f"{speed(samples):,.0f} tokens/s"]
+        if extra:
+            parts.append(extra)
+        size = pipe.recurrent.state_bytes() / 1024
+        parts += [f"state: {size:.0f} KiB, constant", pipe.engine_of(samples[0].plan)]
+        others = self.scheduler(modality, rate).busy - 1
+        if others > 0:
+            parts.append(f"shared with {others} other{'s' if others > 1 else ''}")
+        return " · ".join(parts)
+
+
+def speed(samples: Sequence[Sample]) -> float:
+    """Tokens a second of samples that were drawn side by side."""
+    return sum(len(s.tokens) for s in samples) / max(samples[0].seconds, 1e-9)
+
+
+def chosen_seed(seed: float | None) -> int:
+    """What the page's box means: none, or a negative number, is a new seed."""
+    if seed is None or seed < 0:
+        return new_seed() % (LARGEST_SEED + 1)  # so that it fits the box
+    if seed != int(seed) or seed > LARGEST_SEED:
+        raise ValueError(f"a seed is a whole number up to {LARGEST_SEED}, got {seed:g}")
+    return int(seed)
+
+
+def within(value: float, least: float, most: float, name: str) -> float:
+    """A number that a visitor chose, or ValueError: programs are not held by the sliders."""
+    if value is None or not least <= value <= most:
+        raise ValueError(f"{name} must lie in {least:g} … {most:g}, got {value}")
+    return value
+
+
+def updates(job: Job) -> Iterator[list[tuple[int, Raw]]]:
+    """The new pieces, at most ``UPDATES`` times a second, and what is left at the end.
+
+    An error of the job is raised after the last pieces, so that they are shown.
+    """
+    pieces: list[tuple[int, Raw]] = []
+    shown, failure = 0.0, None
+    try:
+        for piece in job:
+            pieces.append(piece)
+            if time.perf_counter() - shown >= 1 / UPDATES:
+                shown = time.perf_counter()
+                yield pieces
+                pieces = []
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        failure = error
+    yield pieces
+    if failure is not None:
+        raise failure
+
+
+def sentence(error: Exception) -> str:
+    """What a visitor is told about an error: nothing of the server's but the rule that it states."""
+    if isinstance(error, ValueError | BusyError):
+        text = str(error)
+        return f"{text[0].upper()}{text[1:]}." if text else "This cannot be done."
+    return "Something went wrong on this side; what was made is kept. Please try again."
+
+
+def polite(stream: Callable[P, Iterator[Y]]) -> Callable[P, Generator[Y, None, None]]:
+    """Errors of a stream as a sentence; once something is shown, beside it instead of over it."""
+
+    @functools.wraps(stream)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Generator[Y, None, None]:
+        shown = False
+        try:
+            for update in stream(*args, **kwargs):
+                yield update
+                shown = True
+        except gr.Error:
+            raise
+        except Exception as error:
+            if not shown:
+                raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
+            gr.Warning(sentence(error))
+
+    return wrapped
+
+
+def polite_answer(function: Callable[P, T]) -> Callable[P, T]:
+    """``polite`` for what answers once."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
+
+    return wrapped
+
+
+def _unexpected(error: Exception) -> bool:
+    return not isinstance(error, ValueError | BusyError)
+
+
+def stop(visit: Visit | None) -> None:
+    """What the page's Stop does."""
+    if visit is not None:
+        visit.stop()

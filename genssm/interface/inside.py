@@ -1,0 +1,306 @@
+"""The tab that looks inside: what only a state space model can show."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+import torch
+
+from genssm import anatomy
+from genssm.codec import Text
+from genssm.engine import Reading
+from genssm.interface.components import Live, seed_box, status_line
+from genssm.interface.growth import Growth, packed
+from genssm.interface.house import House, Visit, chosen_seed, polite, polite_answer, updates, within
+from genssm.interface.write import CHARACTERS, PieceReader
+from genssm.request import Request
+
+MODELS = {"Text": "text", "Pictures": "image", "Sound": "audio"}
+COMPARED = 256  # tokens on which the views are compared
+TRACED = 160  # tokens whose states are shown
+FORKED = 80  # tokens of each continuation
+SHOWN = 4  # layers whose kernels and poles are drawn
+EVERY = 8  # positions or tokens in one update
+
+Chart = dict[str, Any]
+
+
+class Inspector:
+    """What the tab does, and the tab."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self._looking = threading.Lock()
+
+    # The views
+
+    @polite
+    def compare(
+        self, model: str = "Text", written: Any = None, drawn: Any = None, spoken: Any = None
+    ) -> Iterator[tuple[Chart, str]]:
+        """The largest difference of the logits, position by position, on what was just made."""
+        modality = _modality(model)
+        pipe = self.house.pipe(modality)
+        made = {"text": written, "image": drawn, "audio": spoken}[modality]
+        tokens, source = _last_tokens(made), "what was just made"
+        if len(tokens) < 2:
+            tokens, source = pipe.config["probe"], "real data; make something to compare on that"
+        tokens = torch.tensor(tokens[:COMPARED])
+        stepped, prefilled, largest = [], [], 0.0
+        for found in anatomy.agreements(pipe, tokens):
+            stepped.append([found.position + 1, max(found.step, 1e-8)])
+            prefilled.append([found.position + 1, max(found.prefill, 1e-8)])
+            largest = max(largest, found.step, found.prefill)
+            if len(stepped) % EVERY == 0 or len(stepped) == len(tokens):
+                chart = {
+                    "title": "Largest difference of a logit from the convolution",
+                    "x": {"label": "position", "range": [0, len(tokens)]},
+                    "y": {"label": "difference", "log": True, "range": [1e-8, 1]},
+                    "series": [
+                        {"name": "stepping", "kind": "line", "points": stepped, "colour": 1},
+                        {"name": "reading in parallel", "kind": "line", "points": prefilled,
+                         "colour": 2},
+                    ],
+                }  # fmt: skip
+                yield (
+                    chart,
+                    (
+                        f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views differ "
+                        f"by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
+                    ),
+                )
+
+    # The race
+
+    @polite
+    def race(self, model: str = "Text") -> Iterator[tuple[Chart, str]]:
+        """Milliseconds of one more token at growing lengths, against convolution and GPT-2."""
+        pipe = self.house.scheduler(_modality(model)).pipe
+        yield _race_chart([]), "getting ready …"
+        if not self._looking.acquire(blocking=False):
+            raise ValueError("another visitor holds a race; two would slow each other")
+        laps: list[anatomy.Lap] = []
+        try:
+            for lap in anatomy.race(pipe, anatomy.race_lengths(pipe)):
+                laps.append(lap)
+                yield _race_chart(laps), _lap_told(lap)
+        finally:
+            self._looking.release()
+
+    # The layers
+
+    @polite_answer
+    def layers(self, model: str = "Text") -> tuple[Chart, Chart, Chart]:
+        """Kernels, poles and half-lives of the layers of a model."""
+        return self._layers(_modality(model))
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 - a page has one inspector
+    def _layers(self, modality: str) -> tuple[Chart, Chart, Chart]:
+        found = anatomy.memories(self.house.pipe(modality))
+        step = max(1, (len(found) - 1) // (SHOWN - 1))
+        chosen = [(i, found[i]) for i in range(0, len(found), step)][:SHOWN]
+        kernels = {
+            "title": "Strongest kernel of some layers: what it still hears of the past",
+            "x": {"label": "positions back", "log": True},
+            "y": {"label": "weight"},
+            "series": [
+                {"name": f"layer {i}", "kind": "line", "colour": c,
+                 "points": [[k + 1, v] for k, v in enumerate(layer.kernel)]}
+                for c, (i, layer) in enumerate(chosen, 1)
+            ],
+        }  # fmt: skip
+        poles = {
+            "title": "Poles exp(Δλ): the nearer to the circle, the longer the memory",
+            "square": True,
+            "x": {"label": "real part", "range": [-1.05, 1.05], "ticks": [-1, -0.5, 0, 0.5, 1]},
+            "y": {"label": "imaginary part", "range": [-0.05, 1.05], "ticks": [0, 0.5, 1]},
+            "series": [
+                {"name": f"layer {i}", "kind": "dots", "points": layer.poles, "colour": c}
+                for c, (i, layer) in enumerate(chosen, 1)
+            ],
+        }
+        lives = {
+            "title": "Half-life of the memory: shortest, median and longest of the features",
+            "x": {"label": "layer", "ticks": list(range(len(found)))},
+            "y": {"label": "tokens", "log": True},
+            "series": [
+                {"name": "", "kind": "spans", "colour": 1,
+                 "points": [[i, *layer.half_lives] for i, layer in enumerate(found)]}
+            ],
+        }  # fmt: skip
+        return kernels, poles, lives
+
+    # The state
+
+    @polite
+    def watch(
+        self, model: str = "Text", prompt: str = "", seed: float | None = -1
+    ) -> Iterator[tuple[dict[str, Any], str]]:
+        """The state of every layer, token by token, while a sample is drawn."""
+        modality = _modality(model)
+        pipe = self.house.pipe(modality)
+        start = self._read(modality, prompt)
+        used = chosen_seed(seed)
+        view = anatomy.StateView(pipe)
+        growth = Growth([{"rows": view.rows, "span": TRACED,
+                          "names": [f"layer {i}" for i in range(len(view.names))]}])  # fmt: skip
+        decoder, columns = pipe.codec.decoder(), []
+        config = Request().sampling(modality)
+        size = pipe.recurrent.state_bytes() / 1024
+        told = f"seed {used} · state: {size:.0f} KiB, constant · eager engine"
+        for token, levels in anatomy.trace(pipe, start, config, used, TRACED):
+            piece = decoder.push(token) if isinstance(pipe.codec, Text) else None
+            columns.append([packed(levels), piece or ""])
+            if len(columns) == EVERY:
+                yield growth.message(columns), told
+                columns = []
+        growth.message(columns)
+        yield growth.whole(), told
+
+    def _read(self, modality: str, prompt: str) -> Reading:
+        if len(prompt) > CHARACTERS:
+            raise ValueError(f"a prompt may have {CHARACTERS} characters")
+        text = prompt if modality == "text" and prompt else None
+        return self.house.pipe(modality).read(text)
+
+    # Two futures of one state
+
+    @polite
+    def fork(
+        self, prompt: str = "The history of the river", temperature: float = 0.8,
+        seed: float | None = -1,
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:  # fmt: skip
+        """Read a prompt once; two samples go on from the one state, side by side."""
+        heat = float(within(temperature, 0, 1.5, "temperature"))
+        used = chosen_seed(seed)
+        pipe = self.house.pipe("text")
+        state = self._read("text", prompt)
+        growths = [Growth([[prompt, None]] if prompt else []) for _ in range(2)]
+        settings = {"state": state, "max_tokens": FORKED, "temperature": heat}
+        visit = Visit()
+        for told in self.house.begin(visit, "text", None, seed=used, count=2, **settings):
+            yield growths[0].message(), growths[1].message(), told
+        readers = [PieceReader(pipe.codec.decoder(), visit, i) for i in range(2)]
+        size = pipe.recurrent.state_bytes() / 1024
+        line = f"seed {used}, samples 0 and 1 · one state of {size:.0f} KiB, read once, forked"
+        if visit.job is not None:
+            for _ in updates(visit.job):
+                pairs = zip(growths, readers, strict=True)
+                first, second = (growth.message(reader.news()) for growth, reader in pairs)
+                yield first, second, line
+        yield growths[0].whole(), growths[1].whole(), line
+
+    def build(self, written: gr.State, drawn: gr.State, spoken: gr.State) -> None:
+        """The tab; the states are what the visitor made last in the others."""
+        model = gr.Radio(list(MODELS), value="Text", label="Model", elem_classes="chips")
+        shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4,
+                                  "concurrency_id": "inside"}  # fmt: skip
+        _section(
+            "One map, three views",
+            "The model is a convolution when it trains, a recurrence when it samples, and reads "
+            "prompts in chunks of both. The curves show how far apart the three are.",
+        )
+        look = gr.Button("Compare the views", variant="primary", elem_id="compare-go")
+        views = Live("chart", label="Differences", elem_id="compare-chart")
+        facts = status_line("compare-status")
+        look.click(self.compare, [model, written, drawn, spoken], [views, facts],
+                   api_name="compare", **shared)  # fmt: skip
+        _section(
+            "A race at growing length",
+            "The time of one more token, on one thread: a step of the recurrence, the convolution "
+            "of everything again, and a GPT-2 of as many parameters that keeps its cache.",
+        )
+        run = gr.Button("Start the race", variant="primary", elem_id="race-go")
+        times = Live("chart", label="Milliseconds", elem_id="race-chart")
+        lap = status_line("race-status")
+        run.click(self.race, [model], [times, lap], api_name="race", **shared)
+        _section(
+            "What the layers remember",
+            "Every layer is a bank of damped oscillators. Their kernels, poles and half-lives say "
+            "how far back it listens.",
+        )
+        show = gr.Button("Show the layers", variant="primary", elem_id="layers-go")
+        with gr.Row():
+            kernels = Live("chart", label="Kernels", elem_id="kernels-chart")
+            poles = Live("chart", label="Poles", elem_id="poles-chart")
+        lives = Live("chart", label="Half-lives", elem_id="lives-chart")
+        show.click(self.layers, [model], [kernels, poles, lives], api_name="layers", **shared)
+        self._build_state(model, shared)
+
+    def _build_state(self, model: gr.Radio, shared: dict[str, Any]) -> None:
+        _section(
+            "The state while it samples",
+            "Each band is a layer, each line in it a group of features, the longest memory on top; "
+            "each column is one token. All that the model knows of the past is in one column.",
+        )
+        with gr.Row():
+            prompt = gr.Textbox("The history of the river", label="Prompt (of the text model)",
+                                max_length=CHARACTERS, scale=3, elem_id="watch-prompt")  # fmt: skip
+            seed = seed_box("inside-seed")
+        with gr.Row():
+            look = gr.Button("Watch the state", variant="primary", elem_id="watch-go")
+            split = gr.Button("Fork it in two", variant="primary", elem_id="fork-go")
+        heat = Live("heat", label="Levels of the state", elem_id="watch-map")
+        facts = status_line("watch-status")
+        look.click(self.watch, [model, prompt, seed], [heat, facts], api_name="state", **shared)
+        _section(
+            "One state, two continuations",
+            "The prompt is read once. Its state, of a size that does not depend on what was read, "
+            "is copied, and two samples go on from it.",
+        )
+        temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")
+        with gr.Row():
+            first = Live("tokens", label="First continuation", elem_id="fork-first")
+            second = Live("tokens", label="Second continuation", elem_id="fork-second")
+        line = status_line("fork-status")
+        split.click(self.fork, [prompt, temperature, seed], [first, second, line],
+                    api_name="fork", **shared)  # fmt: skip
+
+
+def _section(title: str, text: str) -> None:
+    gr.Markdown(f"## {title}\n{text}", elem_classes="section")
+
+
+def _modality(model: str) -> str:
+    if model not in MODELS:
+        raise ValueError(f"the model must be one of {', '.join(MODELS)}")
+    return MODELS[model]
+
+
+def _last_tokens(made: Any) -> list[int]:
+    samples = made.visit.samples() if made is not None else []
+    return [*samples[0].plan.tokens, *samples[0].tokens] if samples else []
+
+
+def _race_chart(laps: list[anatomy.Lap]) -> Chart:
+    runners: list[tuple[str, int, Callable[[anatomy.Lap], float | None]]] = [
+        ("one step of the recurrence", 1, lambda lap: lap.step),
+        ("convolving all again", 2, lambda lap: lap.convolution),
+        ("GPT-2 with its cache", 3, lambda lap: lap.transformer),
+    ]
+    series = []
+    for name, colour, time_of in runners:
+        points = [[lap.length, value] for lap in laps if (value := time_of(lap)) is not None]
+        if points:
+            series.append({"name": name, "kind": "marks", "colour": colour, "points": points})
+    return {
+        "title": "One more token, milliseconds",
+        "x": {"label": "tokens before it", "log": True,
+              "ticks": [lap.length for lap in laps]},
+        "y": {"label": "ms", "log": True},
+        "series": series,
+    }  # fmt: skip
+
+
+def _lap_told(lap: anatomy.Lap) -> str:
+    told = (
+        f"after {lap.length:,} tokens: step {lap.step:.3f} ms, convolution "
+        f"{lap.convolution:.1f} ms ({lap.convolution / lap.step:,.0f} ×)"
+    )
+    if lap.transformer is None:
+        return told + "; GPT-2 is not here (the extra benchmark brings it)"
+    return f"{told}, GPT-2 {lap.transformer:.2f} ms ({lap.transformer / lap.step:,.0f} ×)"

@@ -1,0 +1,249 @@
+"""The tab that speaks: sound that is heard and seen while it is made."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from genssm import files, notes
+from genssm.codec import ANY, Audio, Codec
+from genssm.interface import uploads
+from genssm.interface.components import Download, Live, seed_box, status_line
+from genssm.interface.growth import Growth, packed_sound
+from genssm.interface.house import (
+    House,
+    Visit,
+    chosen_seed,
+    polite,
+    stop,
+    updates,
+    within,
+)
+from genssm.pipeline import Pipeline, Sample
+
+DIGITS = 6  # the most of one number
+SECONDS = 4.0  # the most of one sound, and of a clip that is continued
+PAUSE = 0.12  # seconds between two digits
+RATES = {"× 0.5": 2.0, "× 1": 1.0, "× 2": 0.5}  # of the output, and what scales Δ
+MARGIN = 1.15  # by which sampling must be faster than sound to be heard at once
+
+Update = tuple[tuple[str, bytes] | None, dict[str, Any], str, "Spoken"]
+
+
+@dataclass
+class Spoken:
+    """What a visitor hears: the request under way, of one digit after another."""
+
+    visit: Visit
+    seed: int
+
+
+class Speaker:
+    """What the tab does, and the tab."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.numbers = all(c.isdigit() and len(c) == 1 for c in self.codec().classes)
+
+    def codec(self, rate: float = 1.0) -> Audio:
+        codec = self.house.pipe("audio", rate).codec
+        assert isinstance(codec, Audio)
+        return codec
+
+    @polite
+    def speak(
+        self,
+        words: str = "407",
+        speaker: str = ANY,
+        seconds: float = 1.5,
+        temperature: float = 0.95,
+        output_rate: str = "× 1",
+        upload: str | None = None,
+        seed: float | None = -1,
+    ) -> Iterator[Update]:
+        """Say a number digit by digit, or continue a clip."""
+        if output_rate not in RATES:
+            raise ValueError(f"the output rate must be one of {', '.join(RATES)}")
+        rate = RATES[output_rate]
+        codec = self.codec(rate)
+        length = within(seconds, 0.1, SECONDS, "the length in seconds")
+        settings = {
+            "temperature": float(within(temperature, 0, 1.5, "temperature")),
+            "max_tokens": int(length * codec.rate),
+        }
+        if upload is not None:
+            prompts: list[Any] = [uploads.clip(upload, codec, SECONDS)]
+        else:
+            prompts = self._labels(words, speaker)
+        yield from self._spoken(prompts, rate, chosen_seed(seed), settings)
+
+    def _labels(self, words: str, speaker: str) -> list[str]:
+        codec = self.codec()
+        if not self.numbers:
+            parts = [words if words in (*codec.classes, ANY) else ANY]
+        else:
+            parts = [c for c in words if c.isdecimal() and c.isascii()]
+            if not 1 <= len(parts) <= DIGITS or len(parts) != len(words.strip()):
+                raise ValueError(f"give a number of 1 to {DIGITS} digits, such as 407")
+        if speaker == ANY:
+            return parts
+        if speaker not in speakers(codec):
+            raise ValueError(f"the speaker must be one of {', '.join((ANY, *speakers(codec)))}")
+        return [f"{p}_{speaker}" if f"{p}_{speaker}" in codec.labels else p for p in parts]
+
+    def _spoken(
+        self, prompts: list[Any], rate: float, seed: int, settings: dict[str, Any]
+    ) -> Iterator[Update]:
+        codec, pipe = self.codec(rate), self.house.pipe("audio", rate)
+        clip = prompts[0] if isinstance(prompts[0], np.ndarray) else None
+        layout = {
+            "rate": codec.rate,
+            "seam": 0 if clip is None else len(clip),
+            "span": len(prompts) * 0.6 if clip is None else len(clip) / codec.rate + 0.5,
+        }
+        growth, pace = Growth([layout]), _Pace(codec.rate)
+        if clip is not None:
+            growth.message([packed_sound(clip)])
+        waves = [] if clip is None else [clip]
+        spoken, made = Spoken(Visit(), seed), []
+        for i, prompt in enumerate(prompts):
+            if spoken.visit.left:
+                break
+            if i:
+                spoken.visit = Visit()  # of the next digit
+                waves.append(np.zeros(int(PAUSE * codec.rate), np.float32))
+                growth.message([packed_sound(waves[-1])])
+            visit = spoken.visit
+            for told in self.house.begin(
+                visit, "audio", prompt, rate=rate, seed=seed + i, **settings
+            ):
+                yield None, growth.message() | {"play": False}, told, spoken
+            yield None, growth.message() | {"play": pace.live}, self._status(visit, rate), spoken
+            if visit.job is None:
+                break
+            for pieces in updates(visit.job):
+                blocks = [block for _, block in pieces]
+                waves += blocks
+                pace.drawn(sum(map(len, blocks)))
+                news = [packed_sound(block) for block in blocks]
+                message = growth.message(news) | {"play": pace.live}
+                yield None, message, self._status(visit, rate), spoken
+            made += visit.samples()
+        wave = np.concatenate(waves) if waves else np.zeros(0, np.float32)
+        whole = growth.whole(play=None if spoken.visit.left else pace.live)  # None: in silence
+        content = sound_file(pipe, wave, made, prompts) if made else None
+        yield content, whole, self._status(spoken.visit, rate), spoken
+
+    def _status(self, visit: Visit, rate: float) -> str:
+        samples = visit.samples()
+        extra = ""
+        if samples and samples[0].tokens:
+            hertz = self.codec(rate).rate
+            factor = len(samples[0].tokens) / max(samples[0].seconds, 1e-9) / hertz
+            extra = f"{hertz / 1000:g} kHz, {factor:.1f} × real time"
+        return self.house.status(visit, "audio", rate, extra)
+
+    def build(self) -> gr.State:
+        """The tab; returns what it holds of the visitor's last sound."""
+        codec = self.codec()
+        known = speakers(codec)
+        with gr.Row(elem_classes="studio"):
+            with gr.Column(scale=2, min_width=300):
+                if self.numbers:
+                    words: gr.Textbox | gr.Dropdown = gr.Textbox(
+                        "407", label=f"Number, up to {DIGITS} digits", max_length=12,
+                        elem_id="number",
+                    )  # fmt: skip
+                    gr.Examples([["7"], ["42"], ["407"], ["1984"]], [words], label="Try")
+                else:
+                    words = gr.Dropdown([ANY, *codec.classes], value=ANY, label="Word")
+                speaker = gr.Radio([ANY, *known], value=ANY, label="Speaker", elem_classes="chips",
+                                   visible=bool(known), elem_id="speaker")  # fmt: skip
+                with gr.Row():
+                    go = gr.Button("Speak", variant="primary", elem_id="speak-go")
+                    end = gr.Button("Stop", elem_id="speak-stop", min_width=80)
+                with gr.Accordion("Continue a clip of yours", open=False):
+                    upload = gr.File(label=f"Sound (WAV, FLAC or OGG, up to {uploads.SECONDS:g} s)",
+                                     height=130, elem_id="speak-upload")  # fmt: skip
+                with gr.Accordion("Settings", open=False):
+                    seconds = gr.Slider(0.1, SECONDS, 1.5, step=0.1, label="Longest, in seconds")
+                    heat = gr.Slider(0, 1.5, 0.95, step=0.01, label="Temperature")
+                    rate = gr.Radio(
+                        list(RATES),
+                        value="× 1",
+                        elem_classes="chips",
+                        label=f"Output rate (model: {codec.rate / 1000:g} kHz)",
+                    )
+                    with gr.Row():
+                        seed = seed_box("speak-seed")
+                        reuse = gr.Button("Use last seed", size="sm", min_width=100)
+            with gr.Column(scale=3, min_width=320):
+                live = Live("sound", label="Blocks of sound", elem_id="speak-page")
+                status = status_line("speak-status")
+                save = Download("Download WAV", elem_id="speak-save", size="sm")
+        spoken = gr.State(time_to_live=3600, delete_callback=_leave)
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+        inputs, outputs = (
+            [words, speaker, seconds, heat, rate, upload, seed],
+            [save, live, status, spoken],
+        )
+        go.click(self.speak, inputs, outputs, api_name="speak", **shared)
+        if isinstance(words, gr.Textbox):
+            words.submit(self.speak, inputs, outputs, api_visibility="private", **shared)
+        end.click(lambda s: stop(s and s.visit), [spoken], None, queue=False, **private)
+        reuse.click(lambda s: s.seed if s else -1, [spoken], [seed], queue=False, **private)
+        return spoken
+
+
+class _Pace:
+    """Whether sound is made faster than it is heard."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate, self.samples, self.live = rate, 0, False
+        self._began: float | None = None
+
+    def drawn(self, samples: int) -> None:
+        now = time.perf_counter()
+        if self._began is None:  # what came before was waiting and reading
+            self._began = now
+            return
+        self.samples += samples
+        seconds = now - self._began
+        if self.samples >= self.rate / 10:
+            self.live = self.samples / self.rate >= MARGIN * seconds
+
+
+def speakers(codec: Codec) -> list[str]:
+    """The speakers that a model knows: what the labels within a class add to its name."""
+    found = []
+    for label in codec.labels:
+        whole = codec.broader(label)
+        if whole is not None and (name := label.removeprefix(f"{whole}_")) not in found:
+            found.append(name)
+    return found
+
+
+def sound_file(
+    pipe: Pipeline, wave: np.ndarray, samples: Sequence[Sample], prompts: Sequence[Any]
+) -> tuple[str, bytes]:
+    """A sound as (name, WAV); with the recipe inside where it is one sample."""
+    assert isinstance(pipe.codec, Audio)
+    content = files.sound(wave, pipe.codec.rate, "wav")
+    if len(samples) == 1:
+        prompt = prompts[0] if isinstance(prompts[0], str) else None
+        recipe = pipe.recipe(samples, prompt)
+        if recipe is not None:
+            content = notes.add(content, json.dumps(recipe.to_json()))
+    return f"{Path(pipe.name).name}-{samples[0].seed}.wav", content
+
+
+def _leave(spoken: Spoken | None) -> None:
+    stop(spoken and spoken.visit)

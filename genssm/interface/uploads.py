@@ -1,0 +1,71 @@
+"""Files that visitors send: bounded before they are opened, decoded here, refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from genssm.codec import Audio, Image
+
+BYTES = 2**21  # of a file
+PIXELS = 25_000_000  # of a picture, before it is scaled
+SECONDS = 30.0  # of a clip as it was recorded
+
+
+def picture(path: str, codec: Image) -> np.ndarray:
+    """A picture file as uint8 (H, W, C) of the model: its centre, scaled.
+
+    Only the header is read before the number of pixels is known. Raises ValueError.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    _check_size(path)
+    try:
+        with PIL.Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as file:
+            if file.width * file.height > PIXELS:
+                raise ValueError(
+                    f"a picture may have {PIXELS // 10**6} million pixels, this one has "
+                    f"{file.width:,} × {file.height:,}; scale it down"
+                )
+            upright = PIL.ImageOps.exif_transpose(file)
+            shown = np.asarray(upright.convert("RGB" if codec.shape[2] == 3 else "L"))
+    except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError("this file is no picture that can be read; PNG and JPEG are") from error
+    return codec.fit(shown if shown.ndim == 3 else shown[..., None])
+
+
+def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:
+    """The last ``seconds`` of a sound file as float32 (samples,) at the model's rate.
+
+    Raises ValueError.
+    """
+    import soundfile
+
+    _check_size(path)
+    try:
+        with soundfile.SoundFile(path) as sound:
+            if sound.frames > SECONDS * sound.samplerate or sound.channels > 8:
+                raise ValueError(
+                    f"a clip may last {SECONDS:g} seconds on up to 8 channels, this one has "
+                    f"{sound.frames / sound.samplerate:,.0f} s on {sound.channels}; cut it"
+                )
+            sound.seek(max(0, sound.frames - int(seconds * sound.samplerate)))
+            wave, rate = sound.read(dtype="float32", always_2d=True), sound.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError("this file is no sound that can be read; WAV and FLAC are") from error
+    if not len(wave):
+        raise ValueError("this clip is empty; there is nothing to continue")
+    return codec.waveform(wave, rate)
+
+
+def _check_size(path: str) -> None:
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise ValueError("the file has not arrived; send it again") from error
+    if size == 0:
+        raise ValueError("this file is empty")
+    if size > BYTES:
+        raise ValueError(f"a file may have {BYTES // 2**20} MiB, this one has {size / 2**20:.1f}")

@@ -33,6 +33,8 @@ from genssm.sampling_benchmark import (
 
 TIMED = 64  # steps that a race takes the time of
 BANDS = 8  # groups of features that a layer's state is shown as
+CALIBRATED = 256  # tokens of the probe that set the scale of the levels
+HEADROOM = 1.4
 POLES = 24  # features whose poles are drawn
 
 
@@ -127,14 +129,18 @@ class StateView:
     """Levels of a model's state: for every layer ``BANDS`` groups of features, 0 … 255.
 
     Features are ordered by Δ, the longest memory first. A level is the magnitude of the states of a
-    group, on a logarithmic scale of 40 dB below the largest seen so far in its layer.
+    group; 255 is ``HEADROOM`` times the largest that it reaches on the model's probe.
     """
 
     def __init__(self, pipe: Pipeline) -> None:
         blocks = _blocks(pipe.model)
         self.names = list(blocks)
         self._orders = [block.ssm.dt().argsort() for block, _ in blocks.values()]
-        self._largest = [1e-12] * len(blocks)
+        state, largest = pipe.recurrent.initial_state(1), torch.full((self.rows,), 1e-12)
+        for token in pipe.config["probe"][:CALIBRATED]:
+            _, state = pipe.recurrent.step(torch.tensor([token]), state)
+            largest = torch.maximum(largest, self._magnitudes(state.layers))
+        self._scale = HEADROOM * largest
 
     @property
     def rows(self) -> int:
@@ -142,14 +148,14 @@ class StateView:
 
     def levels(self, layers: tuple) -> np.ndarray:
         """``State.layers`` of one sequence → uint8 (rows,)."""
-        columns = []
-        for i, (x, order) in enumerate(zip(_leaves(layers), self._orders, strict=True)):
+        return (255 * (self._magnitudes(layers) / self._scale).clamp(0, 1)).byte().numpy()
+
+    def _magnitudes(self, layers: tuple) -> Tensor:
+        bands = []
+        for x, order in zip(_leaves(layers), self._orders, strict=True):
             energy = x[0].abs().square().mean(-1)[order]  # (H,)
-            bands = torch.stack([part.mean() for part in energy.tensor_split(BANDS)]).sqrt()
-            self._largest[i] = max(self._largest[i], float(bands.max()))
-            decibels = 20 * torch.log10((bands / self._largest[i]).clamp(min=1e-6))
-            columns.append((1 + decibels / 40).clamp(0, 1))
-        return (255 * torch.cat(columns)).byte().numpy()
+            bands += [part.mean().sqrt() for part in energy.tensor_split(BANDS)]
+        return torch.stack(bands)
 
 
 def _leaves(layers: tuple) -> list[Tensor]:
@@ -161,10 +167,14 @@ def _leaves(layers: tuple) -> list[Tensor]:
 
 
 def trace(
-    pipe: Pipeline, start: Reading, config: SamplingConfig, seed: int, tokens: int
+    pipe: Pipeline,
+    view: StateView,
+    start: Reading,
+    config: SamplingConfig,
+    seed: int,
+    tokens: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Draw token by token with the reference engine: (token, levels of the state before it)."""
-    view = StateView(pipe)
     generation = Generation(pipe.recurrent, start, config, seed=seed, indices=[0])
     for _ in range(tokens):
         token = generation.step()[0].token

@@ -1,4 +1,8 @@
-"""What the tabs are built of: live parts that scripts draw in the browser, downloads, seeds."""
+"""What the tabs are built of: live parts that scripts draw in the browser, downloads, seeds.
+
+Functions that make components of Gradio, not subclasses: Gradio writes a stub file beside the
+source of every subclass.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +10,45 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import FileData
 from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 
 from genssm.interface.house import LARGEST_SEED
 
 SCRIPTS = Path(__file__).with_name("browser")
+MESSAGE = {"type": {}, "description": "what the page draws, as JSON; the last message holds all"}
 
 
-class Live(gr.HTML):
+def live(script: str, *, label: str, elem_id: str, value: Any = None) -> gr.HTML:
     """An element that a script in ``browser/`` draws from the messages in its value."""
-
-    def __init__(self, script: str, *, label: str, elem_id: str, value: Any = None) -> None:
-        shared, own = ((SCRIPTS / f"{s}.js").read_text("utf-8") for s in ("shared", script))
-        super().__init__(
-            value,
-            label=label,
-            elem_id=elem_id,
-            html_template=f'<div class="live {script}"></div>',
-            js_on_load=shared + own,
-            apply_default_css=False,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        return {"type": {}, "description": "what the page draws, as JSON; the last holds all"}
-
-    def example_payload(self) -> Any:
-        return None
-
-    def example_value(self) -> Any:
-        return None
+    shared, own = ((SCRIPTS / f"{s}.js").read_text("utf-8") for s in ("shared", script))
+    part = gr.HTML(
+        value,
+        label=label,
+        elem_id=elem_id,
+        html_template=f'<div class="live {script}"></div>',
+        js_on_load=shared + own,
+        apply_default_css=False,
+    )
+    part.api_info = lambda: MESSAGE  # what it gets is no string of HTML
+    return part
 
 
-class Download(gr.DownloadButton):
-    """A button that hands out (name, bytes), kept in Gradio's temporary folder for a while."""
-
-    def postprocess(self, value: tuple[str, bytes] | None) -> FileData | None:
-        if value is None:
-            return None
-        name, content = value
-        path = save_bytes_to_cache(content, name, self.GRADIO_CACHE)
-        return FileData(path=path, orig_name=name, size=len(content))
+def status_line(elem_id: str) -> gr.HTML:
+    """One line of facts about what is being made."""
+    line = live("status", label="Status", elem_id=elem_id, value="")
+    line.api_info = lambda: {"type": "string"}
+    return line
 
 
 def seed_box(elem_id: str) -> gr.Number:
-    """Where a seed is chosen; what was used comes back by ``reuse_button``."""
+    """Where a seed is chosen."""
     return gr.Number(
         -1, label="Seed (−1: a new one)", precision=0, minimum=-1, maximum=LARGEST_SEED,
         elem_id=elem_id, min_width=120,
     )  # fmt: skip
 
 
-def status_line(elem_id: str, text: str = "") -> Live:
-    """One line of facts about what is being made."""
-    return Live("status", label="Status", elem_id=elem_id, value=text)
+def kept(name: str, content: bytes) -> str:
+    """A file to download, in Gradio's temporary folder, which is emptied now and then."""
+    return save_bytes_to_cache(content, name, get_upload_folder())

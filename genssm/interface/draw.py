@@ -14,7 +14,7 @@ import numpy as np
 from genssm import files, notes
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
-from genssm.interface.components import Download, Live, seed_box, status_line
+from genssm.interface.components import kept, live, seed_box, status_line
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, polite, polite_answer, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
@@ -22,7 +22,7 @@ from genssm.pipeline import Pipeline, Sample
 PICTURES = 16  # the most of one request
 SURPRISE = 24.0  # bits of a pixel that are the end of the scale
 
-Update = tuple[tuple[str, bytes] | None, dict[str, Any], str, "Drawn"]
+Update = tuple[str | None, dict[str, Any], str, "Drawn"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Drawer:
         prompt: Any = label
         if upload is not None:
             prompt = uploads.picture(upload, self.codec)
-            kept = int(within(keep_rows, 0, height - 1, "the rows to keep"))
-            settings |= {"keep_rows": kept, "label": label}
-            layout |= {"kept": kept, "original": packed(prompt)}
+            keep = int(within(keep_rows, 0, height - 1, "the rows to keep"))
+            settings |= {"keep_rows": keep, "label": label}
+            layout |= {"kept": keep, "original": packed(prompt)}
         yield from self._drawn(prompt, layout, seed=seed, **settings)
 
     def _drawn(self, prompt: Any, layout: dict[str, Any], **settings: Any) -> Iterator[Update]:
@@ -122,7 +122,7 @@ class Drawer:
                                      elem_id="draw-upload")  # fmt: skip
                     rows = gr.Slider(0, height - 1, height // 2, step=1, label="Rows to keep",
                                      elem_id="draw-rows")  # fmt: skip
-                    preview = Live("preview", label="Preview", elem_id="draw-preview")
+                    preview = live("preview", label="Preview", elem_id="draw-preview")
                 with gr.Accordion("Settings", open=False):
                     heat = gr.Slider(0, 1.5, 0.92, step=0.01, label="Temperature")
                     guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance (stresses the class)")
@@ -130,18 +130,18 @@ class Drawer:
                         seed = seed_box("draw-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):
-                live = Live("pictures", label="Rows of pixels", elem_id="draw-page")
+                page = live("pictures", label="Rows of pixels", elem_id="draw-page")
                 status = status_line("draw-status")
                 with gr.Row():
-                    save = Download("Download PNG", elem_id="draw-save", size="sm")
+                    save = gr.DownloadButton("Download PNG", elem_id="draw-save", size="sm")
                     bits = gr.Button("Surprise map", elem_id="draw-surprise", size="sm")
         drawn = gr.State(time_to_live=3600, delete_callback=_leave)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         go.click(self.draw, [label, count, heat, guidance, upload, rows, seed],
-                 [save, live, status, drawn], api_name="draw", show_progress="hidden",
+                 [save, page, status, drawn], api_name="draw", show_progress="hidden",
                  concurrency_limit=None)  # fmt: skip
         end.click(lambda d: stop(d and d.visit), [drawn], None, queue=False, **private)
-        bits.click(self.surprise, [drawn], [live], **private)
+        bits.click(self.surprise, [drawn], [page], **private)
         upload.change(self.preview, [upload, rows], [preview], **private)
         rows.input(None, [rows, preview], [preview],
                    js="(keep, shown) => shown ? {...shown, keep} : shown", **private)  # fmt: skip
@@ -149,17 +149,15 @@ class Drawer:
         return drawn
 
 
-def picture_file(
-    pipe: Pipeline, samples: Sequence[Sample], prompt: Any
-) -> tuple[str, bytes] | None:
-    """The pictures side by side as (name, PNG) with the recipe inside; None if there are none."""
+def picture_file(pipe: Pipeline, samples: Sequence[Sample], prompt: Any) -> str | None:
+    """The pictures side by side as a PNG file with the recipe inside; None if there are none."""
     if not samples or not any(s.tokens for s in samples):
         return None
     content = files.png(files.grid([s.raw for s in samples]))
     recipe = pipe.recipe(samples, prompt if isinstance(prompt, str) else None)
     if recipe is not None:
         content = notes.add(content, json.dumps(recipe.to_json()))
-    return f"{Path(pipe.name).name}-{samples[0].seed}.png", content
+    return kept(f"{Path(pipe.name).name}-{samples[0].seed}.png", content)
 
 
 def surprise_map(sample: Sample, codec: Image) -> np.ndarray:

@@ -197,7 +197,7 @@ def updates(job: Job) -> Iterator[list[tuple[int, Raw]]]:
 
 
 def sentence(error: Exception) -> str:
-    """What a visitor is told about an error: nothing of the server's but the rule that it states."""
+    """What a visitor is told about an error: the rule that it states, nothing of the server."""
     if isinstance(error, ValueError | BusyError):
         text = str(error)
         return f"{text[0].upper()}{text[1:]}." if text else "This cannot be done."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +14,18 @@ import torch
 from genssm import anatomy
 from genssm.codec import Text
 from genssm.engine import Reading
-from genssm.interface.components import Live, seed_box, status_line
+from genssm.interface.components import live, seed_box, status_line
 from genssm.interface.growth import Growth, packed
-from genssm.interface.house import House, Visit, chosen_seed, polite, polite_answer, updates, within
+from genssm.interface.house import (
+    UPDATES,
+    House,
+    Visit,
+    chosen_seed,
+    polite,
+    polite_answer,
+    updates,
+    within,
+)
 from genssm.interface.write import CHARACTERS, PieceReader
 from genssm.request import Request
 
@@ -24,7 +34,14 @@ COMPARED = 256  # tokens on which the views are compared
 TRACED = 160  # tokens whose states are shown
 FORKED = 80  # tokens of each continuation
 SHOWN = 4  # layers whose kernels and poles are drawn
-EVERY = 8  # positions or tokens in one update
+EVERY = 8  # positions in one update
+FRAME = 4  # tokens in one
+
+SHARED: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": 4,
+    "concurrency_id": "inside",
+}  # of all that runs here, so that it leaves room for those who sample
 
 Chart = dict[str, Any]
 
@@ -69,8 +86,9 @@ class Inspector:
                 yield (
                     chart,
                     (
-                        f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views differ "
-                        f"by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
+                        f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views "
+                        f"differ by at most {largest:.1e} where the largest logit is "
+                        f"{found.scale:.0f}"
                     ),
                 )
 
@@ -104,7 +122,7 @@ class Inspector:
         step = max(1, (len(found) - 1) // (SHOWN - 1))
         chosen = [(i, found[i]) for i in range(0, len(found), step)][:SHOWN]
         kernels = {
-            "title": "Strongest kernel of some layers: what it still hears of the past",
+            "title": "Kernels: what is still heard of the past",
             "x": {"label": "positions back", "log": True},
             "y": {"label": "weight"},
             "series": [
@@ -114,7 +132,7 @@ class Inspector:
             ],
         }  # fmt: skip
         poles = {
-            "title": "Poles exp(Δλ): the nearer to the circle, the longer the memory",
+            "title": "Poles exp(Δλ), upper half plane",
             "square": True,
             "x": {"label": "real part", "range": [-1.05, 1.05], "ticks": [-1, -0.5, 0, 0.5, 1]},
             "y": {"label": "imaginary part", "range": [-0.05, 1.05], "ticks": [0, 0.5, 1]},
@@ -124,7 +142,7 @@ class Inspector:
             ],
         }
         lives = {
-            "title": "Half-life of the memory: shortest, median and longest of the features",
+            "title": "Half-lives: shortest, median, longest",
             "x": {"label": "layer", "ticks": list(range(len(found)))},
             "y": {"label": "tokens", "log": True},
             "series": [
@@ -145,21 +163,26 @@ class Inspector:
         pipe = self.house.pipe(modality)
         start = self._read(modality, prompt)
         used = chosen_seed(seed)
-        view = anatomy.StateView(pipe)
+        view = self._view(modality)
         growth = Growth([{"rows": view.rows, "span": TRACED,
                           "names": [f"layer {i}" for i in range(len(view.names))]}])  # fmt: skip
         decoder, columns = pipe.codec.decoder(), []
         config = Request().sampling(modality)
         size = pipe.recurrent.state_bytes() / 1024
         told = f"seed {used} · state: {size:.0f} KiB, constant · eager engine"
-        for token, levels in anatomy.trace(pipe, start, config, used, TRACED):
+        for token, levels in anatomy.trace(pipe, view, start, config, used, TRACED):
             piece = decoder.push(token) if isinstance(pipe.codec, Text) else None
             columns.append([packed(levels), piece or ""])
-            if len(columns) == EVERY:
+            if len(columns) == FRAME:
                 yield growth.message(columns), told
                 columns = []
+                time.sleep(1 / UPDATES)  # so that it can be watched
         growth.message(columns)
         yield growth.whole(), told
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 - a page has one inspector
+    def _view(self, modality: str) -> anatomy.StateView:
+        return anatomy.StateView(self.house.pipe(modality))
 
     def _read(self, modality: str, prompt: str) -> Reading:
         if len(prompt) > CHARACTERS:
@@ -196,28 +219,39 @@ class Inspector:
 
     def build(self, written: gr.State, drawn: gr.State, spoken: gr.State) -> None:
         """The tab; the states are what the visitor made last in the others."""
-        model = gr.Radio(list(MODELS), value="Text", label="Model", elem_classes="chips")
-        shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4,
-                                  "concurrency_id": "inside"}  # fmt: skip
+        model = gr.Radio(list(MODELS), value="Text", label="Model", elem_classes="chips",
+                         elem_id="inside-model")  # fmt: skip
+        with gr.Row():
+            with gr.Column(min_width=340):
+                self._build_views(model, [written, drawn, spoken])
+            with gr.Column(min_width=340):
+                self._build_race(model)
+        self._build_layers(model)
+        self._build_state(model)
+
+    def _build_views(self, model: gr.Radio, made: list[gr.State]) -> None:
         _section(
             "One map, three views",
             "The model is a convolution when it trains, a recurrence when it samples, and reads "
-            "prompts in chunks of both. The curves show how far apart the three are.",
+            "prompts in chunks of both. How far apart are the three?",
         )
         look = gr.Button("Compare the views", variant="primary", elem_id="compare-go")
-        views = Live("chart", label="Differences", elem_id="compare-chart")
+        views = live("chart", label="Differences", elem_id="compare-chart")
         facts = status_line("compare-status")
-        look.click(self.compare, [model, written, drawn, spoken], [views, facts],
-                   api_name="compare", **shared)  # fmt: skip
+        look.click(self.compare, [model, *made], [views, facts], api_name="compare", **SHARED)
+
+    def _build_race(self, model: gr.Radio) -> None:
         _section(
             "A race at growing length",
-            "The time of one more token, on one thread: a step of the recurrence, the convolution "
-            "of everything again, and a GPT-2 of as many parameters that keeps its cache.",
+            "One more token, on one thread: a step of the recurrence, the convolution of "
+            "everything again, and a GPT-2 of as many parameters that keeps its cache.",
         )
         run = gr.Button("Start the race", variant="primary", elem_id="race-go")
-        times = Live("chart", label="Milliseconds", elem_id="race-chart")
+        times = live("chart", label="Milliseconds", elem_id="race-chart")
         lap = status_line("race-status")
-        run.click(self.race, [model], [times, lap], api_name="race", **shared)
+        run.click(self.race, [model], [times, lap], api_name="race", **SHARED)
+
+    def _build_layers(self, model: gr.Radio) -> None:
         _section(
             "What the layers remember",
             "Every layer is a bank of damped oscillators. Their kernels, poles and half-lives say "
@@ -225,40 +259,35 @@ class Inspector:
         )
         show = gr.Button("Show the layers", variant="primary", elem_id="layers-go")
         with gr.Row():
-            kernels = Live("chart", label="Kernels", elem_id="kernels-chart")
-            poles = Live("chart", label="Poles", elem_id="poles-chart")
-        lives = Live("chart", label="Half-lives", elem_id="lives-chart")
-        show.click(self.layers, [model], [kernels, poles, lives], api_name="layers", **shared)
-        self._build_state(model, shared)
+            kernels = live("chart", label="Kernels", elem_id="kernels-chart")
+            poles = live("chart", label="Poles", elem_id="poles-chart")
+            lives = live("chart", label="Half-lives", elem_id="lives-chart")
+        show.click(self.layers, [model], [kernels, poles, lives], api_name="layers", **SHARED)
 
-    def _build_state(self, model: gr.Radio, shared: dict[str, Any]) -> None:
+    def _build_state(self, model: gr.Radio) -> None:
         _section(
-            "The state while it samples",
+            "The state while it samples, and its fork",
             "Each band is a layer, each line in it a group of features, the longest memory on top; "
-            "each column is one token. All that the model knows of the past is in one column.",
+            "each column is one token. All that the model knows of the past is in one column. "
+            "It can be copied: two samples go on from one state, and nothing is read again.",
         )
         with gr.Row():
             prompt = gr.Textbox("The history of the river", label="Prompt (of the text model)",
                                 max_length=CHARACTERS, scale=3, elem_id="watch-prompt")  # fmt: skip
             seed = seed_box("inside-seed")
+            temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature of the fork")
         with gr.Row():
             look = gr.Button("Watch the state", variant="primary", elem_id="watch-go")
-            split = gr.Button("Fork it in two", variant="primary", elem_id="fork-go")
-        heat = Live("heat", label="Levels of the state", elem_id="watch-map")
+            split = gr.Button("Fork it in two", elem_id="fork-go")
+        heat = live("heat", label="Levels of the state", elem_id="watch-map")
         facts = status_line("watch-status")
-        look.click(self.watch, [model, prompt, seed], [heat, facts], api_name="state", **shared)
-        _section(
-            "One state, two continuations",
-            "The prompt is read once. Its state, of a size that does not depend on what was read, "
-            "is copied, and two samples go on from it.",
-        )
-        temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")
-        with gr.Row():
-            first = Live("tokens", label="First continuation", elem_id="fork-first")
-            second = Live("tokens", label="Second continuation", elem_id="fork-second")
+        with gr.Row(elem_classes="fork"):
+            first = live("tokens", label="First continuation", elem_id="fork-first")
+            second = live("tokens", label="Second continuation", elem_id="fork-second")
         line = status_line("fork-status")
+        look.click(self.watch, [model, prompt, seed], [heat, facts], api_name="state", **SHARED)
         split.click(self.fork, [prompt, temperature, seed], [first, second, line],
-                    api_name="fork", **shared)  # fmt: skip
+                    api_name="fork", **SHARED)  # fmt: skip
 
 
 def _section(title: str, text: str) -> None:

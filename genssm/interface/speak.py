@@ -15,7 +15,7 @@ import numpy as np
 from genssm import files, notes
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
-from genssm.interface.components import Download, Live, seed_box, status_line
+from genssm.interface.components import kept, live, seed_box, status_line
 from genssm.interface.growth import Growth, packed_sound
 from genssm.interface.house import (
     House,
@@ -34,7 +34,7 @@ PAUSE = 0.12  # seconds between two digits
 RATES = {"× 0.5": 2.0, "× 1": 1.0, "× 2": 0.5}  # of the output, and what scales Δ
 MARGIN = 1.15  # by which sampling must be faster than sound to be heard at once
 
-Update = tuple[tuple[str, bytes] | None, dict[str, Any], str, "Spoken"]
+Update = tuple[str | None, dict[str, Any], str, "Spoken"]
 
 
 @dataclass
@@ -185,15 +185,15 @@ class Speaker:
                         seed = seed_box("speak-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):
-                live = Live("sound", label="Blocks of sound", elem_id="speak-page")
+                page = live("sound", label="Blocks of sound", elem_id="speak-page")
                 status = status_line("speak-status")
-                save = Download("Download WAV", elem_id="speak-save", size="sm")
+                save = gr.DownloadButton("Download WAV", elem_id="speak-save", size="sm")
         spoken = gr.State(time_to_live=3600, delete_callback=_leave)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         inputs, outputs = (
             [words, speaker, seconds, heat, rate, upload, seed],
-            [save, live, status, spoken],
+            [save, page, status, spoken],
         )
         go.click(self.speak, inputs, outputs, api_name="speak", **shared)
         if isinstance(words, gr.Textbox):
@@ -233,8 +233,8 @@ def speakers(codec: Codec) -> list[str]:
 
 def sound_file(
     pipe: Pipeline, wave: np.ndarray, samples: Sequence[Sample], prompts: Sequence[Any]
-) -> tuple[str, bytes]:
-    """A sound as (name, WAV); with the recipe inside where it is one sample."""
+) -> str:
+    """A sound as a WAV file; with the recipe inside where it is one sample."""
     assert isinstance(pipe.codec, Audio)
     content = files.sound(wave, pipe.codec.rate, "wav")
     if len(samples) == 1:
@@ -242,7 +242,7 @@ def sound_file(
         recipe = pipe.recipe(samples, prompt)
         if recipe is not None:
             content = notes.add(content, json.dumps(recipe.to_json()))
-    return f"{Path(pipe.name).name}-{samples[0].seed}.wav", content
+    return kept(f"{Path(pipe.name).name}-{samples[0].seed}.wav", content)
 
 
 def _leave(spoken: Spoken | None) -> None:

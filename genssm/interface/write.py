@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from genssm.codec import Decoder
-from genssm.interface.components import Live, seed_box, status_line
+from genssm.interface.components import live, seed_box, status_line
 from genssm.interface.growth import Growth
 from genssm.interface.house import House, Visit, polite, stop, updates, within
 
@@ -111,12 +111,12 @@ class Writer:
                         seed = seed_box("write-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):
-                live = Live("tokens", label="Pieces with bits", elem_id="write-page")
+                page = live("tokens", label="Pieces with bits", elem_id="write-page")
                 text = gr.Textbox(label="Text", visible=False)
                 status = status_line("write-status")
         written = gr.State(time_to_live=3600, delete_callback=_leave)
         settings = [tokens, heat, top_p, penalty]
-        outputs = [text, live, status, written]
+        outputs = [text, page, status, written]
         shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         go.click(self.write, [prompt, *settings, seed], outputs, api_name="write", **shared)
         prompt.submit(self.write, [prompt, *settings, seed], outputs, api_visibility="private",

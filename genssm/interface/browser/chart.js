@@ -52,6 +52,7 @@ function ticks(axis, low, high) {
 function written(value) {
   if (value === 0 || Math.abs(value) < 1e-12) return "0";
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e5) return value.toLocaleString("en");
   if (size >= 1e5 || size < 1e-3) return value.toExponential(0).replace("e+", "e");
   return String(Number(value.toPrecision(3)));
 }

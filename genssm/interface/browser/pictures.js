@@ -1,8 +1,9 @@
 // Pictures that grow row by row. Items: first the layout, then [sample, y, bytes of a row].
 const MOST = 24; // bits of the brightest pixel of a surprise map
+const GAP = 12; // between pictures, CSS pixels
 const view = { run: 0, count: 0 };
-const bar = make("div", "bar", root);
 const grid = make("div", "grid", root);
+const bar = make("div", "bar", root);
 const toggle = make("button", "small", bar);
 toggle.type = "button";
 toggle.hidden = true;
@@ -61,15 +62,17 @@ function begin(chosen) {
   fit();
 }
 
-// Pixels of the model as whole numbers of pixels of the screen.
+// Pixels of the model as whole numbers of pixels of the screen, all pictures in one square.
 function fit() {
   if (!layout) return;
   const shown = layout.count + (layout.original ? 1 : 0);
-  const columns = Math.min(shown, root.clientWidth < 500 ? Math.min(3, Math.ceil(Math.sqrt(shown))) : Math.ceil(Math.sqrt(shown)));
+  const columns = Math.ceil(Math.sqrt(shown));
   const ratio = window.devicePixelRatio || 1;
-  const room = (Math.min(root.clientWidth, 620) - 12 * (columns - 1)) / columns;
-  const scale = Math.max(1, Math.min(12, Math.floor((room * ratio) / layout.width))) / ratio;
+  const side = Math.min(root.clientWidth, 588);
+  const room = (side - GAP * (columns - 1)) / columns;
+  const scale = Math.max(1, Math.floor((room * ratio) / layout.width)) / ratio;
   grid.style.gridTemplateColumns = `repeat(${columns}, max-content)`;
+  grid.style.minHeight = `${side}px`;
   for (const canvas of grid.querySelectorAll("canvas")) {
     canvas.style.width = `${layout.width * scale}px`;
     canvas.style.height = `${layout.height * scale}px`;
@@ -132,6 +135,8 @@ toggle.addEventListener("click", () => {
   figures.forEach(paint);
   label();
 });
+begin({ count: 4, height: 32, width: 32, channels: 3, kept: 0, original: null });
+label();
 watch("value", draw);
 draw();
 whenResized(fit);

@@ -108,6 +108,8 @@ function render() {
 
 function drawWave(context, width, across) {
   context.fillStyle = `rgb(${colour("--series-1")})`;
+  let peak = 0.05; // what is quieter stays small
+  for (let i = 0; i < length; i++) peak = Math.max(peak, Math.abs(wave[i]));
   const perPixel = Math.max(1, Math.floor((length / Math.max(1, across(length)))));
   for (let x = 0; x < across(length); x++) {
     let low = 0;
@@ -116,8 +118,8 @@ function drawWave(context, width, across) {
       low = Math.min(low, wave[i]);
       high = Math.max(high, wave[i]);
     }
-    const top = (WAVE / 2) * (1 - high);
-    context.fillRect(x, top, 1, Math.max(1, (WAVE / 2) * (1 - low) - top));
+    const top = (WAVE / 2) * (1 - (0.95 * high) / peak);
+    context.fillRect(x, top, 1, Math.max(1, (WAVE / 2) * (1 - (0.95 * low) / peak) - top));
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -655,6 +656,58 @@ def inspect(
             f"spectral radius {layer['spectral_radius']:.5f}, condition {layer['condition']:.1e}, "
             f"half-lives {low:.0f} / {middle:.0f} / {high:.0f} tokens\n"
         )
+
+
+@app.command("app")
+@_command
+def page(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Model to show instead of the shipped one of its modality (repeatable).",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port (the first free one from 7860).")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public link, through Gradio's servers.")
+    ] = False,
+) -> None:
+    """Open the page for the browser: write, draw, speak, look inside."""
+    _require_gradio()
+    from genssm.interface.page import serve
+
+    serve(models or [], port=port, share=share)
+
+
+def _require_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UsageError('the page needs gradio; install it with: pip install "genssm[app]"')
+
+
+@benchmark.command("app")
+@_command
+def load(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
+    ] = None,
+    visitors: Annotated[int, typer.Option(min=1, max=256, help="At the same time.")] = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they keep coming.")] = 60,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Measure the page: simulated visitors on three tabs, their waiting time, the memory."""
+    _require_gradio()
+    from genssm.app_benchmark import benchmark_app
+    from genssm.checkpoint import replace_file
+
+    _check_new(out, force)
+    facts = benchmark_app(visitors, seconds, _say)
+    if out is not None:
+        text = json.dumps(facts, indent=1) + "\n"
+        replace_file(out, lambda file: file.write_text(text))
 
 
 @benchmark.command()

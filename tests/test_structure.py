@@ -53,27 +53,61 @@ ORDER = (
     "bulk",
     "train",
     "training_report",
+    "anatomy",
+    "interface",
+    "app_benchmark",
     "cli",
     "__main__",
+)
+# The modules of the page, from the ground up.
+INTERFACE = (
+    "growth",
+    "uploads",
+    "theme",
+    "house",
+    "components",
+    "write",
+    "draw",
+    "speak",
+    "inside",
+    "page",
 )
 PACKAGE = Path(genssm.__file__).parent
 
 
+def imports(file: Path, package: str) -> set[str]:
+    """The modules of a package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            found.add(str(node.module).removeprefix(f"{package}.").split(".")[0])
+    return found
+
+
 def test_every_module_has_its_place() -> None:
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
+    assert modules | packages == set(ORDER)
+    inside = {p.stem for p in (PACKAGE / "interface").glob("*.py")} - {"__init__"}
+    assert inside == set(INTERFACE)
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_modules_import_only_from_below(module: str) -> None:
-    imported = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "genssm":
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genssm."):
-            imported.add(str(node.module).split(".")[1])
-    above = imported - set(ORDER[: ORDER.index(module)])
+    package = PACKAGE / module
+    files = package.glob("*.py") if package.is_dir() else [PACKAGE / f"{module}.py"]
+    imported = {name for file in files for name in imports(file, "genssm")}
+    above = imported - set(ORDER[: ORDER.index(module)]) - {module}
     assert not above, f"{module} imports {above}, which stand above it"
+
+
+@pytest.mark.parametrize("module", INTERFACE)
+def test_the_page_imports_only_from_below(module: str) -> None:
+    imported = imports(PACKAGE / "interface" / f"{module}.py", "genssm.interface")
+    above = imported - set(INTERFACE[: INTERFACE.index(module)])
+    assert not above, f"interface.{module} imports {above}, which stand above it"
 
 
 def run(code: str) -> str:
@@ -96,7 +130,7 @@ def test_public_names_are_found_on_first_use() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         text = file.read_text()
         assert "pickle" not in text.replace("allow_pickle=False", "").replace("is pickled", "")
         assert "torch.load" not in text

@@ -118,7 +118,7 @@ class Drawer:
                     go = gr.Button("Draw", variant="primary", elem_id="draw-go")
                     end = gr.Button("Stop", elem_id="draw-stop", min_width=80)
                 with gr.Accordion("Complete a picture of yours", open=False):
-                    upload = gr.File(label="Picture (PNG or JPEG, up to 2 MiB)", height=130,
+                    upload = gr.File(label="Picture (PNG or JPEG, up to 2 MiB)", height=165,
                                      elem_id="draw-upload")  # fmt: skip
                     rows = gr.Slider(0, height - 1, height // 2, step=1, label="Rows to keep",
                                      elem_id="draw-rows")  # fmt: skip

@@ -163,15 +163,15 @@ def chosen_seed(seed: float | None) -> int:
     """What the page's box means: none, or a negative number, is a new seed."""
     if seed is None or seed < 0:
         return new_seed() % (LARGEST_SEED + 1)  # so that it fits the box
-    if seed != int(seed) or seed > LARGEST_SEED:
+    if not seed <= LARGEST_SEED or seed != int(seed):
         raise ValueError(f"a seed is a whole number up to {LARGEST_SEED}, got {seed:g}")
     return int(seed)
 
 
 def within(value: float, least: float, most: float, name: str) -> float:
     """A number that a visitor chose, or ValueError: programs are not held by the sliders."""
-    if value is None or not least <= value <= most:
-        raise ValueError(f"{name} must lie in {least:g} … {most:g}, got {value}")
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{name} must lie in {least:g} … {most:g}, got {value!r:.40}")
     return value
 
 

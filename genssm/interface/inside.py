@@ -217,7 +217,7 @@ class Inspector:
                 yield first, second, line
         yield growths[0].whole(), growths[1].whole(), line
 
-    def build(self, written: gr.State, drawn: gr.State, spoken: gr.State) -> None:
+    def build(self, tab: gr.Tab, written: gr.State, drawn: gr.State, spoken: gr.State) -> None:
         """The tab; the states are what the visitor made last in the others."""
         model = gr.Radio(list(MODELS), value="Text", label="Model", elem_classes="chips",
                          elem_id="inside-model")  # fmt: skip
@@ -226,7 +226,7 @@ class Inspector:
                 self._build_views(model, [written, drawn, spoken])
             with gr.Column(min_width=340):
                 self._build_race(model)
-        self._build_layers(model)
+        self._build_layers(tab, model)
         self._build_state(model)
 
     def _build_views(self, model: gr.Radio, made: list[gr.State]) -> None:
@@ -251,18 +251,19 @@ class Inspector:
         lap = status_line("race-status")
         run.click(self.race, [model], [times, lap], api_name="race", **SHARED)
 
-    def _build_layers(self, model: gr.Radio) -> None:
+    def _build_layers(self, tab: gr.Tab, model: gr.Radio) -> None:
         _section(
             "What the layers remember",
             "Every layer is a bank of damped oscillators. Their kernels, poles and half-lives say "
             "how far back it listens.",
         )
-        show = gr.Button("Show the layers", variant="primary", elem_id="layers-go")
         with gr.Row():
             kernels = live("chart", label="Kernels", elem_id="kernels-chart")
             poles = live("chart", label="Poles", elem_id="poles-chart")
             lives = live("chart", label="Half-lives", elem_id="lives-chart")
-        show.click(self.layers, [model], [kernels, poles, lives], api_name="layers", **SHARED)
+        charts = [kernels, poles, lives]
+        tab.select(self.layers, [model], charts, api_name="layers", **SHARED)
+        model.change(self.layers, [model], charts, api_visibility="private", **SHARED)
 
     def _build_state(self, model: gr.Radio) -> None:
         _section(

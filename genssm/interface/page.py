@@ -43,8 +43,8 @@ def build_page(house: House) -> gr.Blocks:
             drawn = Drawer(house).build()
         with gr.Tab("Speak", elem_id="tab-speak"):
             spoken = Speaker(house).build()
-        with gr.Tab("Inside", elem_id="tab-inside"):
-            Inspector(house).build(written, drawn, spoken)
+        with gr.Tab("Inside", elem_id="tab-inside") as inside:
+            Inspector(house).build(inside, written, drawn, spoken)
     return page.queue(max_size=128)
 
 

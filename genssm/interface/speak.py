@@ -171,7 +171,7 @@ class Speaker:
                     end = gr.Button("Stop", elem_id="speak-stop", min_width=80)
                 with gr.Accordion("Continue a clip of yours", open=False):
                     upload = gr.File(label=f"Sound (WAV, FLAC or OGG, up to {uploads.SECONDS:g} s)",
-                                     height=130, elem_id="speak-upload")  # fmt: skip
+                                     height=165, elem_id="speak-upload")  # fmt: skip
                 with gr.Accordion("Settings", open=False):
                     seconds = gr.Slider(0.1, SECONDS, 1.5, step=0.1, label="Longest, in seconds")
                     heat = gr.Slider(0, 1.5, 0.95, step=0.01, label="Temperature")

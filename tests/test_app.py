@@ -1,130 +1,570 @@
-"""The web app: its functions, called as the page calls them."""
+"""The page from behind: what its handlers yield, called as the page calls them."""
 
-import html
+import base64
 import itertools
-import re
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
-gr = pytest.importorskip("gradio", reason="the app needs the extra [app]")
+gr = pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
-import app  # noqa: E402
+from genssm import checkpoint, files  # noqa: E402
+from genssm.checkpoint import Checkpoint  # noqa: E402
+from genssm.codec import Audio, Image  # noqa: E402
+from genssm.interface import house as houses  # noqa: E402
+from genssm.interface import speak as speaking  # noqa: E402
+from genssm.interface import uploads  # noqa: E402
+from genssm.interface.draw import Drawer, surprise_map  # noqa: E402
+from genssm.interface.growth import Growth  # noqa: E402
+from genssm.interface.house import House, Visit, polite, sentence, updates  # noqa: E402
+from genssm.interface.inside import Inspector  # noqa: E402
+from genssm.interface.page import build_page  # noqa: E402
+from genssm.interface.speak import Speaker, speakers  # noqa: E402
+from genssm.interface.write import Writer  # noqa: E402
+from genssm.scheduler import BusyError  # noqa: E402
 
 
-def test_writing_streams_text_that_grows_from_the_prompt() -> None:
-    updates = list(app.write("The river", 12, 0.8, 5))
-    texts = [text for _, text, _, _ in updates]
-    assert all(b.startswith(a) for a, b in itertools.pairwise(t for t in texts if t))
-    page, text, status, job = updates[-1]
+@pytest.fixture(scope="module")
+def house() -> House:
+    return House()
+
+
+def rebuilt(messages: Iterable[dict[str, Any]]) -> list[Any]:
+    """What the browser has after these messages; see ``news`` in browser/shared.js."""
+    run, items = 0, []
+    for message in messages:
+        if message["run"] != run and message["at"] == 0:
+            run, items = message["run"], []
+        if message["run"] == run and message["at"] <= len(items):
+            items += message["items"][len(items) - message["at"] :]
+    return items
+
+
+def bytes_of(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.uint8)
+
+
+def sound_of(items: list[Any]) -> np.ndarray:
+    """The samples of a sound on the page, int16."""
+    return np.concatenate([bytes_of(i) for i in items if isinstance(i, str)]).view("<i2")
+
+
+def pictures_of(items: list[Any]) -> np.ndarray:
+    """The pictures on the page, (count, H, W, C)."""
+    layout = items[0]
+    shape = (layout["count"], layout["height"], layout["width"], layout["channels"])
+    pictures = np.zeros(shape, np.uint8)
+    for sample, y, row in items[1:]:
+        pictures[sample, y] = bytes_of(row).reshape(shape[2:])
+    return pictures
+
+
+# What grows
+
+
+def test_a_browser_may_pass_over_two_messages_in_a_row() -> None:
+    growth = Growth(["begin"])
+    messages = [growth.message([i, i + 0.5]) for i in range(12)]
+    for seen in (messages, messages[::2], messages[::3]):
+        expected = growth.items[: 1 + 2 * (1 + messages.index(seen[-1]))]
+        assert rebuilt(seen) == expected
+    assert len(messages[-1]["items"]) == 6
+
+
+def test_the_last_message_repairs_whatever_was_missed() -> None:
+    growth = Growth()
+    messages = [growth.message([i]) for i in range(9)]
+    assert rebuilt([messages[0], messages[8]]) == [0]
+    assert rebuilt([messages[0], messages[8], growth.whole()]) == list(range(9))
+    assert growth.whole()["done"]
+    assert Growth().run != growth.run
+
+
+# Text
+
+
+def test_writing_streams_text_that_grows_from_the_prompt(house: House) -> None:
+    shown = list(Writer(house).write("The river", 12, 0.8, seed=5))
+    texts = [text for text, *_ in shown]
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+    text, whole, status, written = shown[-1]
     assert text.startswith("The river")
-    assert "seed 5" in status
-    assert "12 tokens" in status
-    assert re.sub("<[^>]*>", "", page.replace("<br>", "\n")) == html.escape(text)
-    assert page.count(" bits") >= 5
-    assert list(app.write("The river", 12, 0.8, 5))[-1][1] == text
-    continued = list(app.write_on(job, page, 6, 0.8))[-1]
-    assert continued[0].startswith(page)
-    assert continued[1].startswith(text)
-    assert len(continued[1]) > len(text)
+    assert "seed 5 · 12 tokens" in status
+    assert "KiB, constant" in status
+    assert rebuilt([m for _, m, *_ in shown]) == whole["items"] == written.pieces
+    assert whole["items"][0] == ["The river", None]
+    assert "".join(piece for piece, _ in whole["items"]) == text == written.visit.samples()[0].raw
+    bits = sum(b for _, b in whole["items"][1:])
+    assert bits == pytest.approx(written.visit.samples()[0].bits, abs=0.2)
+    assert list(Writer(house).write("The river", 12, 0.8, seed=5))[-1][0] == text
 
 
-def test_what_is_written_cannot_be_markup() -> None:
-    page = list(app.write("<script>alert(1)</script>", 3, 0.8, 5))[-1][0]
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
+def test_continuing_goes_on_from_the_state(house: House) -> None:
+    writer = Writer(house)
+    *_, (text, _, _, written) = writer.write("The river", 10, 0.8, seed=5)
+    *_, (longer, whole, _, again) = writer.go_on(written, 6, 0.8)
+    assert longer.startswith(text)
+    assert len(longer) > len(text)
+    assert whole["items"][: len(written.pieces)] == written.pieces
+    assert again.visit.samples()[0].plan.state is not None
+    *_, (longest, *_) = writer.go_on(again, 6, 0.8)
+    assert longest.startswith(longer)
 
 
-def test_a_prompt_that_is_too_long_is_refused() -> None:
-    with pytest.raises(gr.Error, match="at most 2000 characters"):
-        next(app.write("x" * 2001, 10, 0.8, 1))
+def test_there_must_be_something_to_continue(house: House) -> None:
+    with pytest.raises(gr.Error, match="generate a text first"):
+        next(Writer(house).go_on(None))
 
 
-def test_there_must_be_something_to_continue() -> None:
-    with pytest.raises(gr.Error, match="write first"):
-        next(app.write_on(None, "", 6, 0.8))
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"prompt": "x" * 4001}, "may have 4000 characters, this one has 4001"),
+        ({"tokens": 10**9}, "Tokens must lie in 1 … 600"),
+        ({"tokens": "many"}, "Tokens must lie in 1 … 600, got 'many'"),
+        ({"temperature": float("nan")}, "Temperature must lie in 0 … 1.5, got nan"),
+        ({"top_p": 0}, "Top-p must lie in"),
+        ({"seed": 0.5}, "A seed is a whole number"),
+        ({"seed": 1e30}, "A seed is a whole number"),
+        ({"prompt": "\ud800"}, "lone surrogate"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    house: House, settings: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(gr.Error, match=problem):
+        list(Writer(house).write(**({"prompt": "The", "tokens": 5} | settings)))
 
 
-def test_stopping_keeps_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_keeps_what_was_drawn(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text far longer than the page allows, so that it is still being written when it stops."""
-    monkeypatch.setattr(app, "TOKENS", 10**6)
-    monkeypatch.setattr(app, "UPDATES", 1000)
-    writing = app.write("The river", 10**6, 0.8, 3)
-    *_, job = next(writing)
-    app.stop(job)
-    last = list(writing)[-1]
-    assert 0 < len(job.samples()[0].tokens) < 10**5
-    assert job.samples()[0].finish == "interrupted"
-    assert last[1] == job.samples()[0].raw
+    monkeypatch.setattr("genssm.interface.write.TOKENS", 10**6)
+    monkeypatch.setattr(houses, "UPDATES", 1000)
+    writing = Writer(house).write("The river", 10**6, 0.8, seed=3)
+    written = next(written for text, _, _, written in writing if len(text) > 20)
+    houses.stop(written.visit)
+    *_, (text, whole, _, _) = writing
+    sample = written.visit.samples()[0]
+    assert sample.finish == "interrupted"
+    assert 0 < len(sample.tokens) < 10**5
+    assert whole["done"]
+    assert text == sample.raw
 
 
-def test_a_full_house_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.scheduler("wiki"), "limit", 0)
-    with pytest.raises(gr.Error, match="try again in a moment"):
-        next(app.write("The river", 10, 0.8, 1))
+# The house
 
 
-@pytest.mark.slow
-def test_drawing_ends_with_the_whole_picture() -> None:
-    *_, (picture, status, _) = app.paint("frog", 1, 0.98, seed=3)
-    assert picture is not None
-    assert picture.shape == (192, 192, 3)
-    assert picture.std() > 0
-    assert "3,072 tokens" in status
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_an_uploaded_picture_is_completed_beside_itself(tmp_path: Path) -> None:
+@pytest.fixture
+def narrow() -> Iterator[House]:
+    """A house with room for one request on each model."""
+    house = House(limit=1)
+    yield house
+    for scheduler in house._schedulers.values():
+        scheduler.close()
+
+
+def started(house: House, visit: Visit) -> Iterator[Any]:
+    """A request that will not end by itself."""
+    for _ in house.begin(visit, "text", None, max_tokens=10**7):
+        pass
+    assert visit.job is not None
+    return iter(visit.job)
+
+
+def test_visitors_wait_in_line_and_are_told_so(narrow: House) -> None:
+    first, second, third = Visit(), Visit(), Visit()
+    pieces = started(narrow, first)
+    next(pieces)
+    line = narrow.begin(second, "text", None, max_tokens=5)
+    assert "the most there is room for; you are next" in next(line)
+    behind = narrow.begin(third, "text", None, max_tokens=5)
+    assert "1 more before you" in next(behind)
+    third.stop()  # leaves the line
+    assert list(behind) == []
+    assert third.job is None
+    first.stop()
+    list(line)
+    assert second.job is not None
+    assert len(second.job.run()[0].tokens) <= 5
+    wait_until(lambda: narrow.scheduler("text").busy == 0)
+    assert narrow._lines["text", 1.0] == []
+
+
+def test_a_line_that_is_too_long_turns_visitors_away(
+    narrow: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(houses, "WAITING", 1)
+    first, second = Visit(), Visit()
+    pieces = started(narrow, first)
+    next(pieces)
+    waiting = narrow.begin(second, "text", None, max_tokens=5)
+    next(waiting)
+    with pytest.raises(gr.Error, match="1 visitors wait already; try again in a minute"):
+        list(Writer(narrow).write("The", 5))
+    first.stop()
+    waiting.close()
+    assert narrow._lines["text", 1.0] == []
+
+
+def test_a_visitor_who_leaves_frees_the_place(narrow: House, monkeypatch: Any) -> None:
+    monkeypatch.setattr("genssm.interface.write.TOKENS", 10**7)
+    monkeypatch.setattr(houses, "UPDATES", 1000)
+    writing = Writer(narrow).write("The river", 10**7)
+    for text, *_ in writing:
+        if len(text) > 12:
+            break
+    writing.close()  # what the server does when the connection ends
+    wait_until(lambda: narrow.scheduler("text").busy == 0)
+    assert list(Writer(narrow).write("The river", 5, seed=1))[-1][1]["done"]
+
+
+class Failing:
+    """A job that fails after two pieces."""
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        yield 0, "a"
+        yield 0, "b"
+        raise RuntimeError("/secret/folder/file.py line 3")
+
+
+def test_an_error_in_the_middle_keeps_what_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+
+    @polite
+    def stream() -> Iterator[list[tuple[int, str]]]:
+        yield from updates(Failing())  # type: ignore[arg-type]
+
+    shown = [piece for pieces in stream() for piece in pieces]
+    assert shown == [(0, "a"), (0, "b")]
+    assert said == ["Something went wrong on this side; what was made is kept. Please try again."]
+
+
+def test_errors_tell_the_rule_and_nothing_of_the_server() -> None:
+    assert sentence(ValueError("a seed must be whole")) == "A seed must be whole."
+    assert sentence(BusyError("try again")) == "Try again."
+    for error in (OSError(2, "No such file", "/secret"), KeyError("/secret"), MemoryError()):
+        assert "secret" not in sentence(error)
+
+
+def test_own_models_take_the_place_of_the_shipped(
+    make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    own = str(checkpoint.save(make_checkpoint("image"), tmp_path / "own"))
+    house = House([own])
+    assert house.pipe("image").name == own
+    assert house.pipe("text").name == "wiki"
+    *_, (file, whole, _, _) = Drawer(house).draw("cat", 2, seed=1)
+    assert pictures_of(whole["items"]).shape == (2, 4, 3, 3)
+    assert file is not None
+    assert Path(file).name == "own-1.png"
+    assert build_page(house).fns
+    with pytest.raises(ValueError, match="both make image"):
+        House([own, own])
+    with pytest.raises(ValueError, match="nowhere"):
+        House(["nowhere"])
+
+
+# Pictures
+
+
+def test_pictures_come_row_by_row_and_the_file_repeats_them(house: House) -> None:
+    shown = list(Drawer(house).draw("frog", 2, 0.98, seed=3))
+    file, whole, status, drawn = shown[-1]
+    assert "6,144 tokens" in status
+    assert rebuilt([m for _, m, *_ in shown]) == whole["items"]
+    pictures = pictures_of(whole["items"])
+    for picture, sample in zip(pictures, drawn.visit.samples(), strict=True):
+        np.testing.assert_array_equal(picture, sample.raw)
+    assert file is not None
+    with PIL.Image.open(file) as saved:
+        np.testing.assert_array_equal(np.asarray(saved), files.grid(list(pictures)))
+    again = house.pipe("image").repeat(files.read_recipe(Path(file)))
+    np.testing.assert_array_equal(np.stack([s.raw for s in again]), pictures)
+
+
+def test_a_picture_is_completed_from_its_upper_rows(house: House, tmp_path: Path) -> None:
     file = tmp_path / "photo.png"
     PIL.Image.effect_noise((80, 60), 50).save(file)
-    *_, (picture, status, _) = app.paint("any", 1, 0.98, 1.0, str(file), 30, 3)
-    assert picture is not None
-    page = picture[:: app.SCALE, :: app.SCALE]
-    np.testing.assert_array_equal(page[:30, :32], page[:30, 34:])
-    assert "192 tokens" in status
+    drawer = Drawer(house)
+    preview = drawer.preview(str(file), 30)
+    *_, (saved, whole, status, drawn) = drawer.draw("any", 2, 0.98, 1.0, str(file), 30, 3)
+    layout = whole["items"][0]
+    assert preview is not None
+    assert layout["original"] == preview["picture"]
+    assert (layout["kept"], layout["count"]) == (30, 2)
+    assert "384 tokens" in status
+    original = bytes_of(layout["original"]).reshape(32, 32, 3)
+    for sample in drawn.visit.samples():
+        np.testing.assert_array_equal(sample.raw[:30], original[:30])
+    rows = pictures_of(whole["items"])[:, 30:]
+    np.testing.assert_array_equal(rows, [s.raw[30:] for s in drawn.visit.samples()])
+    assert saved is not None
+    assert drawer.preview(None, 3) is None
+    surprise = bytes_of(drawer.surprise(drawn)["surprise"][0]).reshape(32, 32)
+    assert not surprise[:30].any()
+    assert surprise[30:].any()
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"RIFF\x00\x00\x00\x00WAVE"])
-def test_uploads_that_cannot_be_read_are_one_sentence(data: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "secret-folder-name.png"
-    file.write_bytes(data)
-    with pytest.raises(gr.Error, match=r"^'This file is no picture that can be read\.'$"):
-        next(app.paint("any", 1, 0.98, 1.0, str(file)))
-    with pytest.raises(gr.Error, match=r"^'This file is no sound that can be read\.'$"):
-        next(app.speak("4", 0.95, str(file)))
+def test_the_surprise_map_holds_the_bits_of_every_pixel(house: House) -> None:
+    codec = house.pipe("image").codec
+    assert isinstance(codec, Image)
+    sample = house.pipe("image").sample("ship", max_tokens=300, seed=1)[0]
+    levels = surprise_map(sample, codec)
+    bits = np.array(sample.token_bits).reshape(100, 3).sum(1)
+    np.testing.assert_allclose(levels[:100], 255 * np.minimum(bits / 24, 1), atol=0.5)
+    assert not levels[100:].any()
+    with pytest.raises(gr.Error, match="draw one first"):
+        Drawer(house).surprise(None)
 
 
-@pytest.mark.slow
-def test_speaking_says_digit_after_digit() -> None:
-    *_, (sound, picture, status, _) = app.speak("47", 0.95, seed=3)
-    assert sound is not None
-    assert picture is not None
-    rate, wave = sound
-    assert rate == 8000
-    assert wave.dtype == np.int16
-    assert len(wave) > 2 * rate // 8
-    assert picture.shape == (200, 880, 3)
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "text": (b"not a picture", "that can be read"),
+    "cut": (png_header(8, 8)[:40], "that can be read"),
+    "no pixels": (png_header(500, 500), "that can be read"),
+    "bomb": (png_header(60_000, 60_000), "million pixels|that can be read"),
+    "other": (b"RIFF\x00\x00\x00\x00WAVE", "that can be read"),
+    "too large": (b"\0" * (uploads.BYTES + 1), "may have 2 MiB"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_uploads_are_one_sentence(house: House, kind: str, tmp_path: Path) -> None:
+    content, problem = BAD_FILES[kind]
+    file = tmp_path / "secret-name.png"
+    file.write_bytes(content)
+    handlers = [
+        lambda: list(Drawer(house).draw(upload=str(file))),
+        lambda: Drawer(house).preview(str(file), 3),
+        lambda: list(Speaker(house).speak(upload=str(file))),
+    ]
+    for handler in handlers:
+        with pytest.raises(gr.Error, match=problem) as caught:
+            handler()
+        assert "secret" not in str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.png"
+    file.write_bytes(png_header(9_000, 9_000))
+    with pytest.raises(ValueError, match="25 million pixels, this one has 9,000 × 9,000"):
+        uploads.picture(str(file), Image(32, 32, 3))
+
+
+def test_long_clips_are_refused_and_others_cut_to_their_end(
+    write_sound: Callable[..., Path], tmp_path: Path
+) -> None:
+    codec = Audio(8000)
+    wave = 0.5 * np.sin(np.arange(2 * 4000) / 7).astype(np.float32)
+    file = write_sound(tmp_path / "a.wav", wave, 4000)
+    heard = uploads.clip(str(file), codec, 0.5)
+    assert len(heard) == pytest.approx(4000, abs=8)
+    assert np.abs(heard).max() == pytest.approx(0.5, abs=0.05)
+    long = write_sound(tmp_path / "b.wav", np.zeros(31 * 4000, np.float32), 4000)
+    with pytest.raises(
+        ValueError, match="may last 30 seconds on up to 8 channels, this one has 31"
+    ):
+        uploads.clip(str(long), codec, 0.5)
+    empty = write_sound(tmp_path / "c.wav", np.zeros(0, np.float32), 4000)
+    with pytest.raises(ValueError, match="clip is empty"):
+        uploads.clip(str(empty), codec, 0.5)
+
+
+# Sound
+
+
+def read_sound(file: str) -> tuple[int, np.ndarray]:
+    import soundfile
+
+    wave, rate = soundfile.read(file, dtype="int16")
+    return rate, wave
+
+
+def test_speaking_says_digit_after_digit(house: House) -> None:
+    shown = list(Speaker(house).speak("47", seed=3))
+    file, whole, status, spoken = shown[-1]
+    assert rebuilt([m for _, m, *_ in shown]) == whole["items"]
+    assert file is not None
+    rate, wave = read_sound(file)
+    assert rate == whole["items"][0]["rate"] == 8000
+    pipe = house.pipe("audio")
+    digits = [pipe.sample(d, seed=3 + i, max_tokens=12000)[0].raw for i, d in enumerate("47")]
+    expected = np.concatenate([digits[0], np.zeros(960, np.float32), digits[1]])
+    assert len(wave) == len(expected)
+    np.testing.assert_allclose(wave / 32768, expected, atol=2e-4)
+    np.testing.assert_allclose(sound_of(whole["items"]), wave, atol=1)
     assert "seed 4" in status
+    assert "× real time" in status
+    assert spoken.seed == 3
 
 
-@pytest.mark.parametrize("number", ["", "seven", "1234567"])
-def test_numbers_need_one_to_six_digits(number: str) -> None:
+def test_one_digit_carries_its_recipe(house: House) -> None:
+    *_, (file, whole, _, _) = Speaker(house).speak("7", seconds=0.3, seed=1)
+    assert file is not None
+    (again,) = house.pipe("audio").repeat(files.read_recipe(Path(file)))
+    np.testing.assert_allclose(sound_of(whole["items"]) / 32767, again.raw, atol=1e-4)
+
+
+def test_a_clip_goes_on_behind_the_seam_at_another_rate(
+    house: House, write_sound: Callable[..., Path], tmp_path: Path
+) -> None:
+    wave = 0.5 * np.sin(np.arange(4000) / 7).astype(np.float32)
+    file = write_sound(tmp_path / "a.wav", wave)
+    speak = Speaker(house).speak(seconds=0.2, output_rate="× 2", upload=str(file), seed=1)
+    *_, (saved, whole, status, spoken) = speak
+    layout = whole["items"][0]
+    assert (layout["rate"], layout["seam"]) == (16000, 8000)
+    assert saved is not None
+    rate, heard = read_sound(saved)
+    assert rate == 16000
+    drawn = len(spoken.visit.samples()[0].tokens)
+    assert 0 < drawn <= 3200
+    assert 8000 < len(heard) <= 8000 + drawn
+    assert np.abs(heard[:8000] / 32768).max() == pytest.approx(0.5, abs=0.05)
+    assert "16 kHz" in status
+
+
+@pytest.mark.parametrize("number", ["", "seven", "1234567", "4 0 7", "²³", "-1"])
+def test_numbers_need_one_to_six_digits(house: House, number: str) -> None:
     with pytest.raises(gr.Error, match="1 to 6 digits"):
-        next(app.speak(number))
+        next(Speaker(house).speak(number))
+
+
+def test_the_choices_follow_from_the_labels(
+    house: House, make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: Any
+) -> None:
+    codec = Audio(8000, ("0", "7", "0_jackson", "7_jackson", "7_theo"))
+    assert speakers(codec) == ["jackson", "theo"]
+    assert speakers(Audio(8000, ("0", "1"))) == []
+    monkeypatch.setattr(Speaker, "codec", lambda *_: codec)
+    speaker = Speaker(house)
+    assert speaker._labels("707", "any") == ["7", "0", "7"]
+    assert speaker._labels("707", "theo") == ["7_theo", "0", "7_theo"]
+    with pytest.raises(gr.Error, match="must be one of any, jackson, theo"):
+        next(speaker.speak("7", "nobody"))
+    words = Audio(8000, ("one", "two"))
+    monkeypatch.setattr(Speaker, "codec", lambda *_: words)
+    assert Speaker(house)._labels("two", "any") == ["two"]
+    monkeypatch.undo()
+    with pytest.raises(gr.Error, match="The output rate must be one of"):
+        next(speaker.speak("7", output_rate="× 3"))
+
+
+def test_sound_is_heard_at_once_only_when_it_is_made_fast_enough() -> None:
+    clock = iter([0.0, 0.05, 0.1])
+    pace = speaking._Pace(8000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speaking.time, "perf_counter", lambda: next(clock))
+        pace.drawn(256)  # what came before was waiting
+        pace.drawn(1000)  # an eighth of a second of sound in 0.05 s
+        assert pace.live
+        pace.drawn(-130)  # 0.109 s in 0.1 s is too close
+        assert not pace.live
+
+
+# Inside
+
+
+def test_the_views_are_compared_on_what_was_just_made(house: House) -> None:
+    *_, (_, _, _, written) = Writer(house).write("The river", 20, seed=1)
+    inspector = Inspector(house)
+    shown = list(inspector.compare("Text", written, None, None))
+    chart, told = shown[-1]
+    tokens = len(written.visit.samples()[0].plan.tokens) + 20
+    assert f"{tokens} of {tokens} tokens of what was just made" in told
+    assert [len(s["points"]) for s in chart["series"]] == [tokens, tokens]
+    assert max(y for s in chart["series"] for _, y in s["points"]) < 1e-3
+    assert "real data" in next(inspector.compare("Sound"))[1]
+    with pytest.raises(gr.Error, match="one of Text, Pictures, Sound"):
+        next(inspector.compare("Smell"))
 
 
 @pytest.mark.slow
-def test_inside_shows_views_and_race() -> None:
-    facts, rows = app.look_inside("digits")
-    assert "256 real tokens" in facts
-    assert len(rows) == 12
-    lengths = [row[0] for row in list(app.race("digits"))[-1]]
-    assert lengths == [256, 512, 1024, 2048]
+def test_the_race_shows_lap_after_lap(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genssm.anatomy.race_lengths", lambda pipe: [64, 128])
+    shown = list(Inspector(house).race("Sound"))
+    chart, told = shown[-1]
+    assert len(shown) == 3
+    assert "after 128 tokens: step" in told
+    assert [p[0] for p in chart["series"][0]["points"]] == [64, 128]
+    assert all(y > 0 for s in chart["series"] for _, y in s["points"])
 
 
-def test_the_page_names_its_endpoints() -> None:
-    page = app.build()
-    names = {f.api_name for f in page.fns.values()}
-    assert {"write", "draw", "speak", "inspect", "race"} <= names
+def test_layers_show_kernels_poles_and_half_lives(house: House) -> None:
+    kernels, poles, lives = Inspector(house).layers("Sound")
+    assert len(lives["series"][0]["points"]) == 12
+    assert all(len(s["points"]) == 512 for s in kernels["series"])
+    assert all(x * x + y * y < 1 for s in poles["series"] for x, y in s["points"])
+
+
+def test_the_state_is_watched_token_by_token(house: House) -> None:
+    shown = list(Inspector(house).watch("Text", "The river", 7))
+    whole, told = shown[-1]
+    layout, columns = whole["items"][0], whole["items"][1:]
+    assert "seed 7" in told
+    assert layout["rows"] == 8 * len(layout["names"])
+    assert all(len(bytes_of(levels)) == layout["rows"] for levels, _ in columns)
+    assert rebuilt([m for m, _ in shown]) == whole["items"]
+    text = "".join(piece for _, piece in columns)
+    pipe = house.pipe("text")
+    state = pipe.read("The river")
+    expected = pipe._with(weights="fp32").sample(state=state, max_tokens=len(columns), seed=7)[0]
+    assert expected.raw.startswith("The river" + text)
+
+
+def test_one_state_goes_on_in_two_ways(house: House) -> None:
+    *_, (first, second, told) = Inspector(house).fork("The river", 0.8, 7)
+    pipe = house.pipe("text")
+    state = pipe.read("The river")
+    expected = pipe.sample(state=state, count=2, max_tokens=80, temperature=0.8, seed=7)
+    for message, sample in zip((first, second), expected, strict=True):
+        assert message["done"]
+        assert "".join(text for text, _ in message["items"]) == sample.raw
+    assert first["items"] != second["items"]
+    assert "seed 7, samples 0 and 1" in told
+
+
+# The page
+
+
+def test_the_page_names_its_endpoints_and_labels_their_outputs(house: House) -> None:
+    info = build_page(house).get_api_info()["named_endpoints"]
+    names = {"/write", "/continue", "/draw", "/speak", "/compare", "/race", "/layers", "/state"}
+    assert names | {"/fork"} == set(info)
+    for name, endpoint in info.items():
+        assert all(output["label"] for output in endpoint["returns"]), name
+        assert all(p["parameter_has_default"] for p in endpoint["parameters"]), name
+    labels = [output["label"] for output in info["/write"]["returns"]]
+    assert labels == ["Text", "Pieces with bits", "Status"]
+
+
+def test_no_stub_file_is_written_beside_the_sources() -> None:
+    assert not list(Path(houses.__file__).parent.glob("*.pyi"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -48,16 +46,10 @@ def build_page(house: House) -> gr.Blocks:
     return page.queue(max_size=128)
 
 
-def serve(
-    models: Sequence[str] = (), *, port: int | None = None, share: bool = False, **settings: Any
-) -> gr.Blocks:
-    """Launch the page. ``models`` take the place of the shipped ones of their modality.
-
-    ``settings`` are further ones of ``gradio.Blocks.launch``. Raises CheckpointError for a model
-    that cannot be loaded.
-    """
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / "genssm-page"))
-    page = build_page(House(models))
+def launch(
+    page: gr.Blocks, *, port: int | None = None, share: bool = False, **settings: Any
+) -> None:
+    """Serve a page; ``settings`` are further ones of ``gradio.Blocks.launch``."""
     page.launch(
         server_port=port,
         share=share,
@@ -65,10 +57,17 @@ def serve(
         css=STYLE.read_text("utf-8"),
         show_error=False,
         max_file_size=uploads.BYTES,
-        max_threads=128,
+        max_threads=128,  # those who wait in line hold one now and then
         state_session_capacity=500,
         footer_links=["api"],
         ssr_mode=False,
         **settings,
     )
-    return page
+
+
+def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = False) -> None:
+    """Build and serve the page. ``models`` take the place of the shipped ones of their modality.
+
+    Raises CheckpointError for a model that cannot be loaded, OSError for a port that is taken.
+    """
+    launch(build_page(House(models)), port=port, share=share)

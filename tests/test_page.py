@@ -1,0 +1,534 @@
+"""The page in a browser: every tab from the click to the result, what goes wrong, how it looks.
+
+Needs Debian's Chromium (apt-get install chromium) and the packages playwright and
+axe-playwright-python. GENSSM_SCREENSHOTS=docs also writes the pictures of the documentation there.
+"""
+
+import io
+import json
+import os
+import shutil
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+pytest.importorskip("gradio", reason="the page needs the extra [app]")
+pytest.importorskip("playwright", reason="the browser's tests need playwright")
+pytest.importorskip("axe_playwright_python", reason="the browser's tests need axe")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("the browser's tests need Chromium", allow_module_level=True)
+
+from axe_playwright_python.sync_playwright import Axe  # noqa: E402
+from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+
+from genssm.interface import uploads  # noqa: E402
+from genssm.interface.house import House  # noqa: E402
+from genssm.interface.page import build_page, launch  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+]
+TABS = ("Write", "Draw", "Speak", "Inside")
+WAIT = 60_000  # milliseconds for the slowest answer
+PAINTED = """[...document.querySelectorAll("#draw-page canvas")].map(
+    (c) => [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data])"""
+UNREADABLE = """document.body.insertAdjacentHTML(
+    "afterbegin", "<p style='color: #777; background: #666'>x</p>")"""
+
+
+@pytest.fixture(scope="module")
+def house() -> House:
+    return House()
+
+
+@pytest.fixture(scope="module")
+def site(house: House) -> Iterator[str]:
+    """The address of the page."""
+    page = build_page(house)
+    launch(page, prevent_thread_lock=True, quiet=True)
+    yield page.local_url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium: Browser, site: str) -> Iterator[Callable[..., Page]]:
+    """(tab, width, dark) → the page, ready; in the end nothing has failed or gone elsewhere."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_page(tab: str = "Write", width: int = 1280, dark: bool = False) -> Page:
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
+        page.on("request", lambda request: leaves(request.url))
+        page.goto(site)
+        page.wait_for_selector("#write-go")
+        page.wait_for_selector("#write-page .page")
+        show(page, tab)
+        return page
+
+    def leaves(url: str) -> None:
+        if not url.startswith((site, "data:", "blob:")):
+            wrong.append(f"request to {url}")
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def show(page: Page, tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+    page.wait_for_selector({"Inside": "#compare-go"}.get(tab, f"#{tab.lower()}-go"))
+
+
+def unfold(page: Page, title: str) -> None:
+    page.get_by_role("button", name=title).click()
+
+
+def ended(page: Page, tab: str, text: str) -> str:
+    """Wait until the status line of a tab holds a text; the whole line."""
+    line = page.locator(f"#{tab}-status")
+    expect(line).to_contain_text(text, timeout=WAIT)
+    return line.inner_text()
+
+
+def written(page: Page) -> str:
+    page.wait_for_selector("#write-page .drawn")
+    page.wait_for_selector("#write-page .page:not(.growing)")
+    return page.locator("#write-page .page").inner_text()
+
+
+def set_slider(page: Page, label: str, value: float) -> None:
+    box = page.get_by_label(f"number input for {label}")
+    box.fill(str(value))
+    box.press("Enter")
+
+
+# Text
+
+
+def test_text_is_written_continued_and_repeated_by_its_seed(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.fill("#prompt textarea", "The <b>river</b>")
+    page.click("#write-go")
+    first = written(page)
+    assert first.startswith("The <b>river</b>")
+    assert "200 tokens" in ended(page, "write", "constant")
+    unfold(page, "Settings")
+    page.get_by_role("button", name="Use last seed").click()
+    expect(page.locator("#write-seed input")).not_to_have_value("-1")
+    page.click("#write-more")
+    page.wait_for_function(
+        "(before) => document.querySelectorAll('#write-page .drawn').length > before + 100",
+        arg=page.locator("#write-page .drawn").count(),
+    )
+    assert written(page).startswith(first.rstrip())
+    page.click("#write-go")
+    page.wait_for_function(
+        "(length) => document.querySelector('#write-page .page').innerText.length === length",
+        arg=len(first),
+    )
+    assert written(page) == first
+
+
+def test_bits_appear_when_a_token_is_pointed_at(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.click("#write-go")
+    written(page)
+    piece = page.locator("#write-page .drawn").nth(5)
+    piece.hover()
+    tip = page.locator("#write-page .tip")
+    expect(tip).to_contain_text(f"{piece.get_attribute('data-bits')} bits · probability")
+
+
+def test_nothing_to_continue_is_said_in_a_sentence(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.click("#write-more")
+    expect(page.locator(".toast-body")).to_contain_text("generate a text first", ignore_case=True)
+    page.click("#write-go")
+    assert written(page)
+
+
+def test_the_page_works_by_keyboard(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.focus("#prompt textarea")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "write-go":
+            break
+    assert page.evaluate("document.activeElement.id") == "write-go"
+    page.keyboard.press("Enter")
+    assert written(page)
+
+
+def test_nothing_jumps_while_text_is_written(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.evaluate(
+        "window.shift = 0; new PerformanceObserver((list) => list.getEntries().forEach((entry) => "
+        "{ window.shift += entry.value; })).observe({type: 'layout-shift'})"
+    )
+    page.click("#write-go")
+    written(page)
+    show(page, "Draw")
+    page.click("#draw-go")
+    ended(page, "draw", "12,288 tokens")
+    assert page.evaluate("window.shift") < 0.02
+
+
+# Pictures
+
+
+def canvases(page: Page) -> list[np.ndarray]:
+    """The pixels of the pictures on the page."""
+    return [np.array(c, np.uint8).reshape(32, 32, 4)[..., :3] for c in page.evaluate(PAINTED)]
+
+
+def test_pictures_are_drawn_downloaded_and_mapped(opened: Callable[..., Page]) -> None:
+    page = opened("Draw")
+    page.get_by_label("frog").check()
+    set_slider(page, "Pictures", 2)
+    page.click("#draw-go")
+    ended(page, "draw", "6,144 tokens")
+    expect(page.locator("#draw-page canvas")).to_have_count(2)
+    shown = canvases(page)
+    page.wait_for_function("document.querySelector('#draw-save')?.href || true")
+    with page.expect_download() as download:
+        page.click("#draw-save")
+    with PIL.Image.open(download.value.path()) as picture:
+        assert "genssm" in picture.info
+        saved = np.asarray(picture)
+    np.testing.assert_array_equal(saved[:, :32], shown[0])
+    np.testing.assert_array_equal(saved[:, 34:], shown[1])
+    page.click("#draw-surprise")
+    back = page.get_by_role("button", name="Show the pictures")
+    expect(back).to_be_visible()
+    assert (canvases(page)[0] != shown[0]).any()
+    back.click()
+    np.testing.assert_array_equal(canvases(page)[0], shown[0])
+
+
+def test_stopping_keeps_the_rows_that_are_there(opened: Callable[..., Page]) -> None:
+    """Guidance has no compiled loop, so that there is time to press Stop."""
+    page = opened("Draw")
+    page.get_by_label("ship").check()
+    unfold(page, "Settings")
+    set_slider(page, "Guidance (stresses the class)", 1.5)
+    set_slider(page, "Pictures", 1)
+    page.click("#draw-go")
+    ended(page, "draw", "tokens/s")
+    page.click("#draw-stop")
+    page.wait_for_function("document.querySelector('#draw-save').tagName")
+    line = page.locator("#draw-status")
+    seen = line.inner_text()
+    for _ in range(50):
+        page.wait_for_timeout(300)
+        if line.inner_text() == seen:
+            break
+        seen = line.inner_text()
+    drawn = int(seen.split(" · ")[1].split()[0].replace(",", ""))
+    assert 0 < drawn < 3072
+    assert canvases(page)[0][: drawn // 96].any()
+    page.click("#draw-surprise")
+    expect(page.get_by_role("button", name="Show the pictures")).to_be_visible()
+
+
+def test_an_upload_is_previewed_and_completed(opened: Callable[..., Page], tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    PIL.Image.effect_noise((90, 60), 60).convert("RGB").save(photo)
+    page = opened("Draw")
+    unfold(page, "Complete a picture of yours")
+    page.set_input_files("#draw-upload input[type=file]", photo)
+    note = page.locator("#draw-preview p")
+    expect(note).to_have_text("16 rows kept, 16 to be drawn")
+    set_slider(page, "Rows to keep", 28)
+    expect(note).to_have_text("28 rows kept, 4 to be drawn")
+    set_slider(page, "Pictures", 3)
+    page.click("#draw-go")
+    ended(page, "draw", "1,152 tokens")
+    assert page.locator("#draw-page figcaption").all_inner_texts() == [
+        "original", "completion 1", "completion 2", "completion 3",
+    ]  # fmt: skip
+    original, *completions = canvases(page)
+    for one in completions:
+        np.testing.assert_array_equal(one[:28], original[:28])
+        assert (one[28:] != original[28:]).any()
+
+
+def bomb() -> bytes:
+    """A PNG of 100 million black pixels in 100 KB."""
+    buffer = io.BytesIO()
+    PIL.Image.new("1", (10_000, 10_000)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"not a picture", "that can be read"),
+        (b"", "is empty|empty"),
+        (b"\x89PNG\r\n\x1a\n cut", "that can be read"),
+        (bomb, "million pixels"),
+        (b"\0" * (uploads.BYTES + 1), "2|size"),
+    ],
+    ids=["wrong type", "empty", "corrupt", "bomb", "huge"],
+)
+def test_bad_uploads_are_told_and_the_page_goes_on(
+    opened: Callable[..., Page], tmp_path: Path, content: Any, problem: str
+) -> None:
+    import re
+
+    file = tmp_path / "photo.png"
+    file.write_bytes(content() if callable(content) else content)
+    page = opened("Draw")
+    unfold(page, "Complete a picture of yours")
+    page.set_input_files("#draw-upload input[type=file]", file)
+    toast = page.locator(".toast-body").first
+    expect(toast).to_contain_text(re.compile(problem, re.IGNORECASE))
+    assert str(tmp_path) not in toast.inner_text()
+    show(page, "Write")
+    page.click("#write-go")
+    assert written(page)
+
+
+# Sound
+
+
+def test_a_number_is_spoken_seen_and_played(opened: Callable[..., Page]) -> None:
+    page = opened("Speak")
+    page.fill("#number input, #number textarea", "42")
+    page.click("#speak-go")
+    ended(page, "speak", "real time")
+    button = page.locator("#speak-page .bar button")
+    expect(button).to_have_text("▶ Play", timeout=WAIT)  # when it has been heard
+    seconds = float(page.locator("#speak-page .clock").inner_text().split()[0])
+    assert seconds > 0.12
+    button.click()
+    expect(button).to_have_text("■ Stop sound")
+    button.click()
+    expect(button).to_have_text("▶ Play")
+    with page.expect_download() as download:
+        page.click("#speak-save")
+    assert Path(download.value.path()).read_bytes().startswith(b"RIFF")
+
+
+def test_a_clip_goes_on_behind_a_seam_and_its_tone_is_where_it_belongs(
+    opened: Callable[..., Page], tmp_path: Path, write_sound: Callable[..., Path]
+) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(8000) / 8000).astype(np.float32)
+    page = opened("Speak")
+    unfold(page, "Continue a clip of yours")
+    page.set_input_files("#speak-upload input[type=file]", write_sound(tmp_path / "a.wav", tone))
+    expect(page.locator("#speak-upload")).to_contain_text("a.wav")
+    page.click("#speak-go")
+    ended(page, "speak", "real time")
+    page.wait_for_timeout(500)
+    seam = page.locator("#speak-page .seam").evaluate("s => parseFloat(s.style.left)")
+    width = page.locator("#speak-page .stack").evaluate("s => s.clientWidth")
+    seconds = float(page.locator("#speak-page .clock").inner_text().split()[0])
+    assert seam / width == pytest.approx(1 / seconds, abs=0.02)
+    column = page.evaluate(
+        "(share) => { const c = document.querySelector('#speak-page .spectrogram');"
+        "const d = c.getContext('2d').getImageData(c.width * share, 0, 1, c.height).data;"
+        "return Array.from({length: c.height}, (_, y) => d[4 * y + 3]); }",
+        0.5 / seconds,
+    )
+    loudest = int(np.argmax(column)) / len(column)
+    assert loudest == pytest.approx(1 - 1000 / 4000, abs=0.03)
+
+
+def test_what_is_no_number_is_told(opened: Callable[..., Page]) -> None:
+    page = opened("Speak")
+    page.fill("#number input, #number textarea", "hello")
+    page.click("#speak-go")
+    expect(page.locator(".toast-body")).to_contain_text("1 to 6 digits")
+
+
+# Inside
+
+
+def test_inside_shows_layers_views_race_state_and_fork(
+    opened: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genssm.anatomy.race_lengths", lambda pipe: [64, 128])
+    page = opened("Write")
+    page.click("#write-go")
+    written(page)
+    show(page, "Inside")
+    for chart in ("kernels", "poles", "lives"):
+        expect(page.locator(f"#{chart}-chart svg")).to_be_visible(timeout=WAIT)
+    page.click("#compare-go")
+    assert "of what was just made" in ended(page, "compare", "206 of 206")
+    expect(page.locator("#compare-chart polyline")).to_have_count(2)
+    page.click("#race-go")
+    ended(page, "race", "after 128 tokens: step")
+    assert page.locator("#race-chart polyline").count() >= 2
+    page.click("#watch-go")
+    ended(page, "watch", "constant")
+    page.click("#fork-go")
+    ended(page, "fork", "forked")
+    page.wait_for_selector("#fork-second .page:not(.growing) .drawn")
+    texts = [page.locator(f"#fork-{one} .page").inner_text() for one in ("first", "second")]
+    assert texts[0] != texts[1]
+    assert all(text.startswith("The history of the river") for text in texts)
+
+
+# How it looks
+
+
+@pytest.mark.parametrize("width", [390, 768, 1920])
+def test_no_width_needs_sideways_scrolling(opened: Callable[..., Page], width: int) -> None:
+    page = opened("Write", width)
+    for tab in TABS:
+        show(page, tab)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_everyone_can_read_it(opened: Callable[..., Page], dark: bool) -> None:
+    page = opened("Write", dark=dark)
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+    for tab in TABS:
+        show(page, tab)
+        for title in page.get_by_role("tabpanel").locator("button.label-wrap:visible").all():
+            title.click()
+        page.click({"Inside": "#compare-go"}.get(tab, f"#{tab.lower()}-go"))
+        ended(page, {"Inside": "compare"}.get(tab, tab.lower()), "tokens")
+        page.wait_for_timeout(500)
+        found = Axe().run(page, options=rules).response["violations"]
+        assert not found, json.dumps(found, indent=1)[:3000]
+    page.evaluate(UNREADABLE)
+    assert Axe().run(page, options=rules).response["violations"]  # it does look
+
+
+# Programs
+
+
+def test_programs_write_continue_draw_and_speak(site: str, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(site, verbose=False, download_files=str(tmp_path))
+    text, pieces, status = client.predict("The river", tokens=20, seed=1, api_name="/write")
+    assert text.startswith("The river")
+    assert pieces["done"]
+    assert "seed 1" in status
+    longer, _, _ = client.predict(tokens=20, api_name="/continue")
+    assert longer.startswith(text)
+    photo = tmp_path / "photo.png"
+    PIL.Image.effect_noise((90, 60), 60).convert("RGB").save(photo)
+    png, _, _ = client.predict(
+        count=2, upload=handle_file(photo), keep_rows=30, seed=1, api_name="/draw"
+    )
+    with PIL.Image.open(png) as picture:
+        assert picture.size == (66, 32)
+    wav, rows, _ = client.predict("7", seed=1, seconds=0.3, api_name="/speak")
+    assert Path(wav).read_bytes().startswith(b"RIFF")
+    assert rows["items"][0]["rate"] == 8000
+
+
+def test_curl_gets_text_and_sentences(site: str) -> None:
+    def call(data: list[Any]) -> str:
+        request = urllib.request.Request(
+            f"{site}gradio_api/call/write",
+            json.dumps({"data": data}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{site}gradio_api/call/write/{event}") as answer:
+            return answer.read().decode()
+
+    answer = call(["The river", 10, 0.8, 0.95, 1, 1])
+    assert "event: complete" in answer
+    assert json.loads(answer.rsplit("data: ", 1)[1])[0].startswith("The river")
+    answer = call(["x" * 5000, 10, 0.8, 0.95, 1, 1])
+    assert "event: error" in answer
+    assert "Traceback" not in answer
+    assert str(Path(__file__).parent.parent) not in answer
+
+
+def test_closing_the_page_frees_the_place(opened: Callable[..., Page], house: House) -> None:
+    page = opened("Draw")
+    page.get_by_label("ship").check()
+    unfold(page, "Settings")
+    set_slider(page, "Guidance (stresses the class)", 1.5)
+    set_slider(page, "Pictures", 16)
+    page.click("#draw-go")
+    ended(page, "draw", "tokens/s")
+    assert house.scheduler("image").busy == 1
+    page.context.close()
+    deadline = time.monotonic() + 20
+    while house.scheduler("image").busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# Pictures of the documentation
+
+
+@pytest.mark.skipif("GENSSM_SCREENSHOTS" not in os.environ, reason="GENSSM_SCREENSHOTS=FOLDER")
+def test_screenshots(opened: Callable[..., Page]) -> None:
+    folder = Path(os.environ["GENSSM_SCREENSHOTS"])
+    page = opened("Write")
+    unfold(page, "Settings")
+    page.fill("#write-seed input", "12")
+    page.click("#write-go")
+    written(page)
+    page.locator("#write-page .drawn").nth(60).hover()
+    shoot(page, folder / "page-write.png")
+    show(page, "Draw")
+    set_slider(page, "Pictures", 9)
+    page.click("#draw-go")
+    ended(page, "draw", "27,648 tokens")
+    shoot(page, folder / "page-draw.png")
+    show(page, "Speak")
+    page.click("#speak-go")
+    ended(page, "speak", "real time")
+    expect(page.locator("#speak-page .bar button")).to_have_text("▶ Play", timeout=WAIT)
+    shoot(page, folder / "page-speak.png")
+    page = opened("Inside", dark=True)
+    page.click("#compare-go")
+    ended(page, "compare", "256 of 256")
+    page.click("#race-go")
+    ended(page, "race", "after 4,096 tokens")
+    page.click("#watch-go")
+    ended(page, "watch", "constant")
+    page.click("#fork-go")
+    page.wait_for_selector("#fork-second .page:not(.growing) .drawn")
+    page.wait_for_timeout(3000)
+    shoot(page, folder / "page-inside.png", whole=True)
+
+
+def shoot(page: Page, file: Path, whole: bool = False) -> None:
+    """A screenshot of 256 colours, which are enough."""
+    content = page.screenshot(full_page=whole)
+    with PIL.Image.open(io.BytesIO(content)) as picture:
+        picture.convert("RGB").quantize(256).save(file, optimize=True)

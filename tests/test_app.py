@@ -473,6 +473,8 @@ def test_the_choices_follow_from_the_labels(
     words = Audio(8000, ("one", "two"))
     monkeypatch.setattr(Speaker, "codec", lambda *_: words)
     assert Speaker(house)._labels("two", "any") == ["two"]
+    with pytest.raises(gr.Error, match="The word must be one of any, one, two"):
+        next(Speaker(house).speak("three"))
     monkeypatch.undo()
     with pytest.raises(gr.Error, match="The output rate must be one of"):
         next(speaker.speak("7", output_rate="× 3"))
@@ -505,6 +507,16 @@ def test_the_views_are_compared_on_what_was_just_made(house: House) -> None:
     assert "real data" in next(inspector.compare("Sound"))[1]
     with pytest.raises(gr.Error, match="one of Text, Pictures, Sound"):
         next(inspector.compare("Smell"))
+
+
+def test_one_race_at_a_time(house: House) -> None:
+    inspector = Inspector(house)
+    race = inspector.race("Sound")
+    assert "getting ready" in next(race)[1]
+    with pytest.raises(gr.Error, match="Another visitor holds a race"):
+        next(inspector.race("Sound"))
+    race.close()
+    assert "getting ready" in next(inspector.race("Sound"))[1]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from genssm.interface.house import (
 )
 from genssm.interface.write import CHARACTERS, PieceReader
 from genssm.request import Request
+from genssm.scheduler import BusyError
 
 MODELS = {"Text": "text", "Pictures": "image", "Sound": "audio"}
 COMPARED = 256  # tokens on which the views are compared
@@ -51,7 +52,7 @@ class Inspector:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self._looking = threading.Lock()
+        self._racing = threading.Lock()
 
     # The views
 
@@ -61,8 +62,8 @@ class Inspector:
     ) -> Iterator[tuple[Chart, str]]:
         """The largest difference of the logits, position by position, on what was just made."""
         modality = _modality(model)
-        pipe = self.house.pipe(modality)
         made = {"text": written, "image": drawn, "audio": spoken}[modality]
+        pipe = self.house.pipe(modality, getattr(made, "rate", 1.0))
         tokens, source = _last_tokens(made), "what was just made"
         if len(tokens) < 2:
             tokens, source = pipe.config["probe"], "real data; make something to compare on that"
@@ -78,36 +79,33 @@ class Inspector:
                     "x": {"label": "position", "range": [0, len(tokens)]},
                     "y": {"label": "difference", "log": True, "range": [1e-8, 1]},
                     "series": [
-                        {"name": "stepping", "kind": "line", "points": stepped, "colour": 1},
-                        {"name": "reading in parallel", "kind": "line", "points": prefilled,
+                        {"name": "stepping", "kind": "line", "points": stepped[:], "colour": 1},
+                        {"name": "reading in parallel", "kind": "line", "points": prefilled[:],
                          "colour": 2},
                     ],
                 }  # fmt: skip
-                yield (
-                    chart,
-                    (
-                        f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views "
-                        f"differ by at most {largest:.1e} where the largest logit is "
-                        f"{found.scale:.0f}"
-                    ),
+                told = (
+                    f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views differ "
+                    f"by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
                 )
+                yield chart, told
 
     # The race
 
     @polite
     def race(self, model: str = "Text") -> Iterator[tuple[Chart, str]]:
         """Milliseconds of one more token at growing lengths, against convolution and GPT-2."""
-        pipe = self.house.scheduler(_modality(model)).pipe
-        yield _race_chart([]), "getting ready …"
-        if not self._looking.acquire(blocking=False):
-            raise ValueError("another visitor holds a race; two would slow each other")
-        laps: list[anatomy.Lap] = []
+        modality, laps = _modality(model), []
+        if not self._racing.acquire(blocking=False):
+            raise BusyError("another visitor holds a race; two would slow each other. Try again")
         try:
+            yield _race_chart(laps), "getting ready …"
+            pipe = self.house.scheduler(modality).pipe
             for lap in anatomy.race(pipe, anatomy.race_lengths(pipe)):
                 laps.append(lap)
                 yield _race_chart(laps), _lap_told(lap)
         finally:
-            self._looking.release()
+            self._racing.release()
 
     # The layers
 

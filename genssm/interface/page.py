@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-
 import gradio as gr
 
 from genssm.interface import uploads
@@ -50,6 +48,7 @@ def launch(
     page: gr.Blocks, *, port: int | None = None, share: bool = False, **settings: Any
 ) -> None:
     """Serve a page; ``settings`` are further ones of ``gradio.Blocks.launch``."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     page.launch(
         server_port=port,
         share=share,

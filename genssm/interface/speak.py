@@ -17,15 +17,7 @@ from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_box, status_line
 from genssm.interface.growth import Growth, packed_sound
-from genssm.interface.house import (
-    House,
-    Visit,
-    chosen_seed,
-    polite,
-    stop,
-    updates,
-    within,
-)
+from genssm.interface.house import House, Visit, chosen_seed, polite, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
 
 DIGITS = 6  # the most of one number
@@ -43,6 +35,7 @@ class Spoken:
 
     visit: Visit
     seed: int
+    rate: float
 
 
 class Speaker:
@@ -50,7 +43,8 @@ class Speaker:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.numbers = all(c.isdigit() and len(c) == 1 for c in self.codec().classes)
+        classes = self.codec().classes
+        self.numbers = bool(classes) and all(len(c) == 1 and c.isdigit() for c in classes)
 
     def codec(self, rate: float = 1.0) -> Audio:
         codec = self.house.pipe("audio", rate).codec
@@ -86,12 +80,13 @@ class Speaker:
 
     def _labels(self, words: str, speaker: str) -> list[str]:
         codec = self.codec()
-        if not self.numbers:
-            parts = [words if words in (*codec.classes, ANY) else ANY]
-        else:
-            parts = [c for c in words if c.isdecimal() and c.isascii()]
+        parts = [words]
+        if self.numbers:
+            parts = [c for c in words if c in codec.classes]
             if not 1 <= len(parts) <= DIGITS or len(parts) != len(words.strip()):
                 raise ValueError(f"give a number of 1 to {DIGITS} digits, such as 407")
+        elif words not in (*codec.classes, ANY):
+            raise ValueError(f"the word must be one of {', '.join((ANY, *codec.classes))}")
         if speaker == ANY:
             return parts
         if speaker not in speakers(codec):
@@ -112,7 +107,7 @@ class Speaker:
         if clip is not None:
             growth.message([packed_sound(clip)])
         waves = [] if clip is None else [clip]
-        spoken, made = Spoken(Visit(), seed), []
+        spoken, made = Spoken(Visit(), seed, rate), []
         for i, prompt in enumerate(prompts):
             if spoken.visit.left:
                 break

@@ -147,7 +147,7 @@ class House:
         if extra:
             parts.append(extra)
         size = pipe.recurrent.state_bytes() / 1024
-        parts += [f"state: {size:.0f} KiB, constant", pipe.engine_of(samples[0].plan)]
+        parts += [f"state: {size:.0f} KiB, constant", pipe.engine_name]
         others = self.scheduler(modality, rate).busy - 1
         if others > 0:
             parts.append(f"shared with {others} other{'s' if others > 1 else ''}")

@@ -79,7 +79,7 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
     assert request.seed is not None
     settings = {k: v for k, v in asdict(request).items() if k not in ("count", "seed", "first")}
     plain = json.loads(json.dumps(settings))
-    weights = pipe.weights_of(pipe.plan(None, replace(request, count=1)))
+    weights = pipe.stepped_weights
     facts = Bulk(pipe.content_hash, weights, plain, prompt, request.seed, request.count)
     file = folder / _FACTS
     if file.exists():

@@ -100,7 +100,7 @@ def benchmark_quality(
     gpt2 = Transformer(config, size)
     rates = (settings.lr, settings.matrix_lr, settings.weight_decay)
     facts: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine("cpu"),
         "recipe": asdict(recipe),
         "steps": steps,
         "tokens": sum(prepared.batch(i).tokens[:, 1:].numel() for i in range(steps)),

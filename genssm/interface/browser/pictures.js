@@ -128,6 +128,7 @@ function draw() {
     figures.forEach(paint);
   }
   label();
+  root.dataset.done = message.done;
 }
 
 toggle.addEventListener("click", () => {

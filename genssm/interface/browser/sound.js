@@ -230,9 +230,9 @@ function draw() {
   else if (ended && heard && !following && message.play !== null) schedule(0, length);
   if (done) following = false;
   render();
+  root.dataset.done = done;
 }
 
-root.dataset.ready = "true";
 watch("value", draw);
 draw();
 whenResized(render);

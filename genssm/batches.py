@@ -54,15 +54,15 @@ class TextBatches:
         self.boundary = boundary
 
     def batch(self, step: int) -> Batch:
-        starts = _random(self.seed, step).integers(
-            0, len(self.stream) - self.length, self.batch_size
-        )
-        return self.windows(starts)
+        last = len(self.stream) - (self.length if self.boundary is None else 1)
+        return self.windows(_random(self.seed, step).integers(0, last, self.batch_size))
 
     def windows(self, starts: np.ndarray) -> Batch:
         """The windows that begin at these positions of the stream."""
-        windows = [self.stream[i : i + self.length + 1] for i in starts]
-        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
+        tokens = torch.full((len(starts), self.length + 1), self.boundary or 0)
+        for row, start in zip(tokens, starts, strict=True):
+            window = self.stream[start : start + self.length + 1]
+            row[: len(window)] = torch.from_numpy(window.astype(np.int64))
         if self.boundary is None:
             return Batch(tokens)
         ended = (tokens[:, 1:] == self.boundary).cumsum(1)  # 1 at the end of the first document

@@ -195,23 +195,25 @@ def test_cut_windows_hold_nothing_of_another_document():
     the window is neither counted nor read."""
     boundary, documents = 0, [np.arange(100 * d, 100 * d + n) for d, n in ((1, 7), (2, 30), (3, 5))]
     stream = np.concatenate([[boundary, *d] for d in documents]).astype(np.uint16)
+    padded = np.concatenate([stream, np.full(20, boundary)])
     batches = TextBatches(stream, 4, 12, seed=0, boundary=boundary)
-    joined = TextBatches(stream, 4, 12, seed=0)
     seen = set()
-    for step in range(50):
-        cut, whole = batches.batch(step), joined.batch(step)
-        assert cut.weights is not None
-        for tokens, weights, window in zip(cut.tokens, cut.weights, whole.tokens, strict=True):
-            n = int(weights.sum())
-            assert weights.tolist() == [1.0] * n + [0.0] * (12 - n)
-            assert tokens[: n + 1].tolist() == window[: n + 1].tolist()
-            assert set(tokens[n + 1 :].tolist()) <= {boundary}
-            inner = tokens[: n + 1][tokens[: n + 1] != boundary] // 100
-            assert len(inner.unique()) <= 1  # of one document
-            if n < 12:
-                assert int(tokens[n]) == boundary  # where the next one begins
-            seen.update(tokens[1 : n + 1].tolist())
-    assert seen == set(stream.tolist())  # nothing is left out
+    for start in range(len(stream)):
+        batch = batches.windows(np.array([start]))
+        assert batch.weights is not None
+        tokens, weights, n = batch.tokens[0], batch.weights[0], int(batch.weights.sum())
+        assert weights.tolist() == [1.0] * n + [0.0] * (12 - n)
+        assert tokens[: n + 1].tolist() == padded[start : start + n + 1].tolist()
+        assert set(tokens[n + 1 :].tolist()) <= {boundary}
+        inner = tokens[: n + 1][tokens[: n + 1] != boundary] // 100
+        assert len(inner.unique()) <= 1  # of one document
+        assert n == 12 or int(tokens[n]) == boundary  # where the next one begins
+        seen.update(tokens[1 : n + 1].tolist())
+    assert seen == set(stream.tolist())
+    drawn = torch.cat([batches.batch(step).tokens[:, 1] for step in range(100)])
+    assert set(drawn.tolist()) == set(
+        stream.tolist()
+    )  # nothing is left out, the last ones included
 
 
 @pytest.mark.parametrize("layer", ["s4", "s4d"])

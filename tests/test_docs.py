@@ -1,4 +1,4 @@
-"""The scripts that draw the pictures of the documentation run."""
+"""The scripts of the documentation run, and what they wrote is current."""
 
 import runpy
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+
+from genssm.checkpoint import shipped_folders
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -21,3 +23,12 @@ def test_gallery_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with PIL.Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width >= 800
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 100
+
+
+@pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])
+def test_model_cards_state_the_facts_of_their_checkpoints(name: str):
+    """After a change of a checkpoint: python docs/make_cards.py"""
+    cards = runpy.run_path(str(DOCS / "make_cards.py"))
+    card = (cards["CARDS"] / f"{name}.md").read_text()
+    assert card == cards["filled"](card, cards["table"](shipped_folders()[name]))
+    assert card.count("\n| ") >= 10

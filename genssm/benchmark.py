@@ -27,7 +27,7 @@ from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, has_fast_bfloat16
 from genssm.update import Objective, train_step
 
-FEATURES = 8  # H of the layers whose cost is compared
+FEATURES = 8  # H of the layers whose cost is compared, where nothing else is said
 REFERENCE = ModelConfig(
     vocab_size=257, n_outputs=256, d_model=(256,), n_layers=(8,), d_state=64, l_max=3072
 )
@@ -40,6 +40,7 @@ class Case:
     kind: str
     N: int
     L: int
+    H: int = FEATURES
     device: str = "cpu"
 
 
@@ -50,6 +51,7 @@ class Cost:
     kind: str
     N: int
     L: int
+    H: int
     seconds: float
     bytes: int | None  # None where the system does not tell
 
@@ -94,21 +96,20 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def _median_seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
-    """After one call to warm up."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
     function()
-    wait()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - started)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _median_seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
+    """After one call to warm up, and only one more when that took long."""
+    first = _seconds(function, device)
+    times = [_seconds(function, device) for _ in range(repeats if first < 5 else 1)]
     return statistics.median(times)
 
 
@@ -128,14 +129,14 @@ def _resident() -> tuple[int, int] | None:
 def measure_cost(case: Case, repeats: int = 3) -> Cost:
     """Forward and backward of one layer on one sequence. Memory is right in a fresh process."""
     torch.manual_seed(0)
-    layer = build_layer(case.kind, FEATURES, case.N, case.L).to(case.device)
-    u = torch.randn(1, case.L, FEATURES, device=case.device)
+    layer = build_layer(case.kind, case.H, case.N, case.L).to(case.device)
+    u = torch.randn(1, case.L, case.H, device=case.device)
 
     def step() -> None:
         layer.zero_grad()
         layer(u).square().mean().backward()
 
-    other = build_layer(case.kind, FEATURES, 8, 8).to(case.device)
+    other = build_layer(case.kind, case.H, 8, 8).to(case.device)
     other(u[:, :8]).mean().backward()  # libraries are loaded and threads started
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -147,7 +148,8 @@ def measure_cost(case: Case, repeats: int = 3) -> Cost:
         step()
         after = _resident()
         memory = None if resident is None or after is None else after[1] - resident[0]
-    return Cost(case.kind, case.N, case.L, _median_seconds(step, case.device, repeats), memory)
+    seconds = _median_seconds(step, case.device, repeats)
+    return Cost(case.kind, case.N, case.L, case.H, seconds, memory)
 
 
 def measure_costs(cases: Iterable[Case]) -> Iterator[Cost]:
@@ -318,17 +320,20 @@ def benchmark_layers(
     """
     facts: dict[str, Any] = {"machine": machine(device)}
     report(", ".join(f"{name} {value}" for name, value in facts["machine"].items()))
-    sizes, lengths = ([64], [1024]) if small else ([64, 128, 256], [1024, 4096, 16384])
-    cases = [
-        Case(kind, N, L, device) for kind in ("lssl", "s4", "s4d") for N in sizes for L in lengths
-    ]
     facts["cost"] = []
-    for cost in measure_costs(cases):
+    for cost in measure_costs(cost_cases(device, small)):
         facts["cost"].append(asdict(cost))
         memory = "?" if cost.bytes is None else f"{cost.bytes / 2**20:.1f}"
         report(
-            f"{cost.kind:<5} N {cost.N:<4} L {cost.L:<6} {1000 * cost.seconds:9.2f} ms "
-            f"{memory:>8} MiB"
+            f"{cost.kind:<5} H {cost.H:<4} N {cost.N:<5} L {cost.L:<7} "
+            f"{1000 * cost.seconds:9.2f} ms {memory:>8} MiB"
+        )
+    facts["advantage"] = advantage(facts["cost"])
+    for row in facts["advantage"]:
+        memory = "?" if row["memory"] is None else f"{row['memory']:.1f}"
+        report(
+            f"LSSL over S4: H {row['H']:<4} N {row['N']:<5} L {row['L']:<7} "
+            f"{row['time']:6.1f} × time {memory:>6} × memory"
         )
     facts["growth"] = growth(facts["cost"]) if not small else {}
     for name, exponents in facts["growth"].items():
@@ -344,6 +349,9 @@ def benchmark_layers(
             speed = measure_training(layer, batch, length, device, repeats)
             facts["training"].append(asdict(speed))
             report(f"{layer:<12} {batch} × {length:<5} {speed.tokens_per_second:9.0f} tokens/s")
+    facts["marks"] = marks(facts["training"])
+    for name, value in facts["marks"].items():
+        report(f"{name:<40} {value:9.2f}")
     facts["agreement"] = []
     spans = [1024] if small else [1024, 16384, 65536]
     for kind in LAYERS:
@@ -362,17 +370,77 @@ def benchmark_layers(
     return facts
 
 
+def cost_cases(device: str, small: bool) -> list[Case]:
+    """What is measured of LSSL, S4 and S4D.
+
+    A grid at few features, where LSSL can follow; beyond it what S4 and S4D grow like; and as many
+    states as features, where the published comparison stands (S4, arXiv 2111.00396, Table 2: 30
+    times faster and 400 times less memory at 512).
+    """
+    kinds = ("lssl", "s4", "s4d")
+    sizes, lengths = ([64], [1024]) if small else ([64, 128, 256], [1024, 4096, 16384])
+    shapes = [(FEATURES, N, L) for N in sizes for L in lengths]
+    further = [(512, 16384), (1024, 16384), (256, 65536), (256, 262144)]
+    square = [(N, N, 1024) for N in ([] if small else [128, 256, 512])]
+    return [
+        Case(kind, N, L, H, device)
+        for kind in kinds
+        for H, N, L in (
+            *shapes,
+            *((FEATURES, *shape) for shape in further if kind != "lssl" and not small),
+            *square,
+        )
+    ]
+
+
+def advantage(costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times the time and the memory of S4 LSSL takes, at every size of both."""
+    by_size = {(c["kind"], c["H"], c["N"], c["L"]): c for c in costs}
+    rows = []
+    for (kind, *size), lssl in by_size.items():
+        s4 = by_size.get(("s4", *size))
+        if kind != "lssl" or s4 is None:
+            continue
+        known = lssl["bytes"] is not None and s4["bytes"]
+        rows.append(
+            {
+                **dict(zip("HNL", size, strict=True)),
+                "time": lssl["seconds"] / s4["seconds"],
+                "memory": lssl["bytes"] / s4["bytes"] if known else None,
+            }
+        )
+    return rows
+
+
 def growth(costs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Exponents of time and memory in N (at the longest L) and in L (at the largest N)."""
+    """Exponents of time and memory in N and in L, between the two largest sizes of each line.
+
+    The other size is fixed where most were measured. Small sizes are left out because there the
+    constant cost of a call hides the growth.
+    """
     table: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(cost["kind"] for cost in costs):
-        own = [cost for cost in costs if cost["kind"] == kind]
-        longest, widest = max(c["L"] for c in own), max(c["N"] for c in own)
-        for axis, fixed, value in (("N", "L", longest), ("L", "N", widest)):
-            line = [cost for cost in own if cost[fixed] == value]
+        own = [c for c in costs if c["kind"] == kind and c["H"] == FEATURES]
+        for axis, fixed in (("N", "L"), ("L", "N")):
+            lines: dict[int, list[dict[str, Any]]] = {}
+            for cost in own:
+                lines.setdefault(cost[fixed], []).append(cost)
+            where = max(lines, key=lambda value: (len(lines[value]), value))
+            line = sorted(lines[where], key=lambda cost: cost[axis])[-2:]
             sizes = [cost[axis] for cost in line]
             exponents = {"time": slope(sizes, [cost["seconds"] for cost in line])}
             if all(cost["bytes"] is not None for cost in line):
                 exponents["memory"] = slope(sizes, [cost["bytes"] for cost in line])
-            table[f"{kind} in {axis}"] = exponents
+            table[f"{kind} in {axis}, {fixed} {where}"] = exponents
+    return table
+
+
+def marks(speeds: list[dict[str, Any]]) -> dict[str, float]:
+    """Speeds of training as ratios within one run."""
+    table: dict[str, float] = {}
+    speed = {(s["layer"], s["batch"], s["length"]): s["tokens_per_second"] for s in speeds}
+    for batch, length in dict.fromkeys((s["batch"], s["length"]) for s in speeds):
+        fast, plain, s4 = (speed[name, batch, length] for name in ("s4d", "s4d, plain", "s4"))
+        table[f"S4D over plain S4D, {batch} × {length}"] = fast / plain
+        table[f"S4 over S4D, {batch} × {length}"] = s4 / fast
     return table

@@ -11,9 +11,13 @@ from typer.testing import CliRunner
 
 from genssm import hippo, ssm
 from genssm.benchmark import (
+    FEATURES,
     TRAINED,
     Case,
+    advantage,
+    cost_cases,
     growth,
+    marks,
     measure_cost,
     measure_difference,
     plain_cauchy,
@@ -22,6 +26,7 @@ from genssm.benchmark import (
     slope,
 )
 from genssm.cli import app
+from genssm.layers import LAYERS
 
 Near = Callable[[Tensor, Tensor, float], None]
 
@@ -52,7 +57,8 @@ def test_plain_models_train_as_the_fast_ones(kind: str, assert_near: Near):
 
 
 def test_cost_of_a_layer_is_measured():
-    cost = measure_cost(Case("s4d", 16, 4096), repeats=1)
+    cost = measure_cost(Case("s4d", 16, 4096, H=4), repeats=1)
+    assert cost.H == 4
     assert cost.seconds > 0
     assert cost.bytes is None or cost.bytes >= 0
 
@@ -60,19 +66,53 @@ def test_cost_of_a_layer_is_measured():
 def test_slope_is_the_exponent():
     assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
     rows = [
-        {"kind": "x", "N": N, "L": L, "seconds": float(N * N * L), "bytes": N * L}
-        for N in (1, 2)
-        for L in (1, 4)
+        {"kind": "x", "H": FEATURES, "N": N, "L": L, "seconds": float(N * N * L), "bytes": N * L}
+        for N, L in ((1, 1), (1, 4), (2, 1), (2, 4), (4, 4), (2, 16))
     ]
-    table = growth(rows)
-    assert table["x in N"] == pytest.approx({"time": 2.0, "memory": 1.0})
-    assert table["x in L"] == pytest.approx({"time": 1.0, "memory": 1.0})
+    rows[0] |= {"seconds": 1e3, "bytes": 1e3}  # the constant cost of small sizes
+    table = growth([*rows, {**rows[0], "H": 99, "N": 99}])
+    assert table["x in N, L 4"] == pytest.approx({"time": 2.0, "memory": 1.0})
+    assert table["x in L, N 2"] == pytest.approx({"time": 1.0, "memory": 1.0})
 
 
-@pytest.mark.parametrize("kind", ["lssl", "s4", "s4d"])
-def test_views_agree_at_length_65536(kind: str):
-    difference = measure_difference(kind, 16, torch.float64, 65536)
-    assert max(difference.prefill, difference.step) < 1e-9
+def test_advantage_is_that_of_equal_sizes():
+    costs = [
+        {"kind": kind, "H": 8, "N": N, "L": 4, "seconds": seconds, "bytes": size}
+        for kind, N, seconds, size in (
+            ("lssl", 2, 6.0, 100), ("s4", 2, 2.0, 50), ("s4d", 2, 1.0, 1), ("s4", 3, 1.0, 1),
+            ("lssl", 4, 6.0, None), ("s4", 4, 1.0, None),
+        )
+    ]  # fmt: skip
+    assert advantage(costs) == [
+        {"H": 8, "N": 2, "L": 4, "time": 3.0, "memory": 2.0},
+        {"H": 8, "N": 4, "L": 4, "time": 6.0, "memory": None},
+    ]
+
+
+def test_marks_are_ratios_of_one_shape():
+    speeds = {"s4d": 10.0, "s4": 7.0, "s4d, plain": 2.0, "s4, plain": 1.0}
+    rows = [
+        {"layer": layer, "batch": 8, "length": 16, "tokens_per_second": speed}
+        for layer, speed in speeds.items()
+    ]
+    assert marks(rows) == {"S4D over plain S4D, 8 × 16": 5.0, "S4 over S4D, 8 × 16": 0.7}
+
+
+def test_costs_are_compared_where_the_published_ones_are():
+    cases = cost_cases("cpu", small=False)
+    assert {(c.kind, c.H, c.N) for c in cases if c.H == c.N} == {
+        (kind, N, N) for kind in ("lssl", "s4", "s4d") for N in (128, 256, 512)
+    }
+    assert {(c.N, c.L) for c in cases if c.kind == "lssl" and c.H == FEATURES} == {
+        (N, L) for N in (64, 128, 256) for L in (1024, 4096, 16384)
+    }
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_views_agree_at_length_65536(kind: str, dtype: torch.dtype, tolerance: float):
+    difference = measure_difference(kind, 16, dtype, 65536)
+    assert max(difference.prefill, difference.step) < tolerance
 
 
 @pytest.mark.slow
@@ -82,6 +122,8 @@ def test_benchmark_writes_all_figures(tmp_path: Path):
     assert result.exit_code == 0, result.stderr
     facts = json.loads(out.read_text())
     assert {cost["kind"] for cost in facts["cost"]} == {"lssl", "s4", "s4d"}
+    assert facts["advantage"][0]["time"] > 0
+    assert set(facts["marks"]) == {"S4D over plain S4D, 1 × 256", "S4 over S4D, 1 × 256"}
     assert all(speed["tokens_per_second"] > 0 for speed in facts["training"])
     assert all(d["step"] < 1e-3 for d in facts["agreement"])
     assert facts["machine"]["threads"] == torch.get_num_threads()

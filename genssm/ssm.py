@@ -198,33 +198,59 @@ def _powers(log_a: Tensor, stride: int, count: int, dtype: torch.dtype) -> tuple
 
 
 class _Vandermonde(torch.autograd.Function):
-    """``vandermonde_kernel`` with the derivatives Σ_k g_k aᵏ by c and c Σ_k k g_k aᵏ by log a."""
+    """``vandermonde_kernel`` with the derivatives Σ_k g_k aᵏ by c and c Σ_k k g_k aᵏ by log a.
+
+    In slices of features that stay in the cache. Keeps the powers, O(n √L) numbers a feature.
+    """
+
+    size = 1 << 18  # numbers in the two matrices of a slice
+
+    @staticmethod
+    def slices(c: Tensor, length: int) -> tuple[int, int, list[slice]]:
+        """Columns i and rows j of the factored matrix, and slices of the features."""
+        H, M, n = c.shape
+        factor = 1 << max(0, round(math.log2(length * M) / 2))
+        rows = -(-length // factor)
+        count = max(1, _Vandermonde.size // (2 * n * (factor + M * rows)))
+        return factor, rows, [slice(i, i + count) for i in range(0, H, count)]
 
     @staticmethod
     def forward(ctx, c: Tensor, log_a: Tensor, length: int) -> Tensor:
-        (H, M, _), dtype = c.shape, c.real.dtype
-        factor = 1 << max(0, round(math.log2(length * M) / 2))
-        rows = -(-length // factor)
-        re, im = (t[:, None] for t in _powers(log_a, factor, rows, dtype))  # (H, 1, rows, n)
-        c_re, c_im = (t.contiguous()[:, :, None] for t in (c.real, c.imag))  # (H, M, 1, n)
-        left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1).flatten(1, 2)
-        right = torch.cat(_powers(log_a, 1, factor, dtype), -1)  # (H, factor, 2n)
-        ctx.save_for_backward(c, re, im, right)
+        dtype = c.real.dtype
+        factor, rows, slices = _Vandermonde.slices(c, length)
+        H, M, n = c.shape
+        kernel, coarse, fine = (
+            torch.empty(shape, dtype=dtype, device=c.device)
+            for shape in ((H, M, length), (H, 1, rows, 2 * n), (H, factor, 2 * n))
+        )
+        for part in slices:
+            re, im = (t[:, None] for t in _powers(log_a[part], factor, rows, dtype))
+            coarse[part], right = torch.cat([re, im], -1), fine[part]
+            c_re, c_im = (t.contiguous()[:, :, None] for t in (c[part].real, c[part].imag))
+            left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1)  # (H, M, j, 2n)
+            torch.cat(_powers(log_a[part], 1, factor, dtype), -1, out=right)
+            product = left.flatten(1, 2) @ right.mT
+            kernel[part] = product.view(*left.shape[:2], -1)[..., :length]
+        ctx.save_for_backward(c, coarse, fine)
         ctx.kind = log_a.dtype
-        return (left @ right.mT).view(H, M, -1)[..., :length]
+        return kernel
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        c, re, im, right = ctx.saved_tensors
-        rows, factor = re.shape[2], right.shape[1]
+        c, coarse, fine = ctx.saved_tensors
+        factor, rows, slices = _Vandermonde.slices(c, g.shape[-1])
         k = torch.arange(g.shape[-1], device=g.device, dtype=g.dtype)
-        both = F.pad(torch.cat([g, k * g], 1), (0, rows * factor - len(k)))
-        inner = both.view(len(c), -1, factor) @ right  # sums over i
-        x, y = inner.view(len(c), -1, rows, right.shape[2]).chunk(2, -1)  # (H, 2M, rows, n)
-        sums = torch.complex((re * x - im * y).sum(2), (re * y + im * x).sum(2))
-        by_c, by_log_a = sums.chunk(2, 1)
-        return by_c.conj(), (c * by_log_a).sum(1).conj().to(ctx.kind), None
+        dc, dlog_a = torch.empty_like(c), torch.empty_like(c[:, 0])
+        for part in slices:
+            (re, im), right = coarse[part].chunk(2, -1), fine[part]
+            both = F.pad(torch.cat([g[part], k * g[part]], 1), (0, rows * factor - len(k)))
+            inner = both.view(len(right), -1, factor) @ right  # sums over i, (H, 2M·j, 2n)
+            x, y = inner.view(len(right), -1, rows, right.shape[2]).chunk(2, -1)
+            sums = torch.complex((re * x - im * y).sum(2), (re * y + im * x).sum(2))
+            by_c, by_log_a = sums.chunk(2, 1)
+            dc[part], dlog_a[part] = by_c.conj(), (c[part] * by_log_a).sum(1).conj()
+        return dc, dlog_a.to(ctx.kind), None
 
 
 def bilinear_exponent(z: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from genssm import ssm
 from genssm.batches import Batch
+from genssm.conversion import to_recurrent
 from genssm.layers import LAYERS, S4, S4D, TrainedLayer, build_layer
 from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, has_fast_bfloat16
@@ -58,7 +59,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """Training steps of the reference model: the median of the repeats."""
+    """Training or reading of the reference model: the median of the repeats."""
 
     layer: str
     batch: int
@@ -251,6 +252,19 @@ def measure_training(layer: str, batch: int, length: int, device: str, repeats: 
     return Speed(layer, batch, length, batch * length / _median_seconds(step, device, repeats))
 
 
+def measure_reading(layer: str, length: int, device: str, repeats: int = 3) -> Speed:
+    """A prompt read in parallel by the recurrence of the reference model, in pieces of 2,048."""
+    recurrent = to_recurrent(reference_model(layer, length).to(device))
+    pieces = torch.randint(0, 256, (1, length), device=device).split(2048, 1)
+
+    def read() -> None:
+        state = None
+        for piece in pieces:
+            _, state = recurrent.prefill(piece, state)
+
+    return Speed(layer, 1, length, length / _median_seconds(read, device, repeats))
+
+
 # Agreement of the views
 
 
@@ -352,6 +366,12 @@ def benchmark_layers(
     facts["marks"] = marks(facts["training"])
     for name, value in facts["marks"].items():
         report(f"{name:<40} {value:9.2f}")
+    facts["reading"] = []
+    for layer in PLAIN:
+        for length in [256] if small else [1024, 8192]:
+            speed = measure_reading(layer, length, device)
+            facts["reading"].append(asdict(speed))
+            report(f"{layer:<5} reads {length:<6} {speed.tokens_per_second:9.0f} tokens/s")
     facts["agreement"] = []
     spans = [1024] if small else [1024, 16384, 65536]
     for kind in LAYERS:

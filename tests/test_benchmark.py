@@ -122,6 +122,7 @@ def test_benchmark_writes_all_figures(tmp_path: Path):
     assert result.exit_code == 0, result.stderr
     facts = json.loads(out.read_text())
     assert {cost["kind"] for cost in facts["cost"]} == {"lssl", "s4", "s4d"}
+    assert all(speed["tokens_per_second"] > 0 for speed in facts["reading"])
     assert facts["advantage"][0]["time"] > 0
     assert set(facts["marks"]) == {"S4D over plain S4D, 1 × 256", "S4 over S4D, 1 × 256"}
     assert all(speed["tokens_per_second"] > 0 for speed in facts["training"])

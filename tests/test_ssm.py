@@ -29,6 +29,13 @@ def stable_system(N: int) -> tuple[Tensor, Tensor, Tensor]:
     return A, torch.randn(N, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
 
 
+@pytest.fixture(params=[1, 1 << 20], ids=["slices", "one slice"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features one by one, and all at once."""
+    for function in (ssm._FFTConvolution, ssm._Vandermonde):
+        monkeypatch.setattr(function, "size", request.param)
+
+
 def test_every_discretization_is_compared():
     assert set(BY_SCIPY) == set(ssm.DISCRETIZATIONS)
 
@@ -117,6 +124,7 @@ def test_krylov_kernel_takes_leading_dimensions():
         torch.testing.assert_close(kernel[i], torch.stack(expected))
 
 
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("length", [1, 2, 3, 37, 64, 1000])
 @pytest.mark.parametrize("M", [1, 3])
 def test_vandermonde_kernel_matches_the_direct_sum(M: int, length: int, assert_near: Near):
@@ -152,11 +160,6 @@ def test_cauchy_kernel_matches_the_dense_bilinear_system(
     C_tilde = (both(C) - both(C) @ power)[..., :n]
     Lambda, P, B = (t.expand(H, *t.shape) for t in (Lambda, P, B))
     assert_near(ssm.cauchy_kernel(C_tilde, Lambda, P, B, dt, length), expected.real, 1e-9)
-
-
-@pytest.fixture(params=[1, 1 << 20], ids=["slices", "one slice"])
-def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssm._FFTConvolution, "size", request.param)
 
 
 @pytest.mark.usefixtures("slices")
@@ -312,9 +315,11 @@ def test_fft_convolution_has_the_right_gradients(length: int):
     assert torch.autograd.gradcheck(ssm.fft_convolution, inputs)
 
 
-def test_vandermonde_kernel_has_the_right_gradients():
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_vandermonde_kernel_has_the_right_gradients(length: int):
     def kernel(c: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
-        return ssm.vandermonde_kernel(c, torch.complex(-decay.exp(), frequency), 7)
+        return ssm.vandermonde_kernel(c, torch.complex(-decay.exp(), frequency), length)
 
     inputs = (doubles(2, 2, 3, complex_valued=True), doubles(2, 3), doubles(2, 3))
     assert torch.autograd.gradcheck(kernel, inputs)

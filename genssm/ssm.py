@@ -191,10 +191,18 @@ def _powers(log_a: Tensor, stride: int, count: int, dtype: torch.dtype) -> tuple
         radius, phase = torch.exp(log_a.real[:, None] * k), log_a.imag[:, None] * k
         return radius * phase.cos(), radius * phase.sin()
 
-    re_i, im_i = (t[:, None] for t in table(stride, few))
-    re_j, im_j = (t[:, :, None] for t in table(stride * few, -(-count // few)))
-    re, im = re_j * re_i - im_j * im_i, re_j * im_i + im_j * re_i  # (H, j, i, n)
+    of_i = (t[:, None] for t in table(stride, few))
+    of_j = (t[:, :, None] for t in table(stride * few, -(-count // few)))
+    re, im = _product(*of_j, *of_i)  # (H, j, i, n)
     return re.flatten(1, 2)[:, :count].to(dtype), im.flatten(1, 2)[:, :count].to(dtype)
+
+
+def _product(re: Tensor, im: Tensor, by_re: Tensor, by_im: Tensor) -> tuple[Tensor, Tensor]:
+    """The complex product in real and imaginary parts."""
+    return (
+        torch.addcmul(re * by_re, im, by_im, value=-1),
+        torch.addcmul(re * by_im, im, by_re),
+    )
 
 
 class _Vandermonde(torch.autograd.Function):
@@ -227,7 +235,8 @@ class _Vandermonde(torch.autograd.Function):
             re, im = (t[:, None] for t in _powers(log_a[part], factor, rows, dtype))
             coarse[part], right = torch.cat([re, im], -1), fine[part]
             c_re, c_im = (t.contiguous()[:, :, None] for t in (c[part].real, c[part].imag))
-            left = torch.cat([c_re * re - c_im * im, -(c_re * im + c_im * re)], -1)  # (H, M, j, 2n)
+            # Re left, and Im left turned over, (H, M, j, 2n)
+            left = torch.cat(_product(re, im.neg(), c_re, c_im.neg()), -1)
             torch.cat(_powers(log_a[part], 1, factor, dtype), -1, out=right)
             product = left.flatten(1, 2) @ right.mT
             kernel[part] = product.view(*left.shape[:2], -1)[..., :length]
@@ -247,7 +256,7 @@ class _Vandermonde(torch.autograd.Function):
             both = F.pad(torch.cat([g[part], k * g[part]], 1), (0, rows * factor - len(k)))
             inner = both.view(len(right), -1, factor) @ right  # sums over i, (H, 2M·j, 2n)
             x, y = inner.view(len(right), -1, rows, right.shape[2]).chunk(2, -1)
-            sums = torch.complex((re * x - im * y).sum(2), (re * y + im * x).sum(2))
+            sums = torch.complex(*(t.sum(2) for t in _product(re, im, x, y)))
             by_c, by_log_a = sums.chunk(2, 1)
             dc[part], dlog_a[part] = by_c.conj(), (c[part] * by_log_a).sum(1).conj()
         return dc, dlog_a.to(ctx.kind), None

@@ -79,8 +79,8 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
     assert request.seed is not None
     settings = {k: v for k, v in asdict(request).items() if k not in ("count", "seed", "first")}
     plain = json.loads(json.dumps(settings))
-    weights = pipe.stepped_weights
-    facts = Bulk(pipe.content_hash, weights, plain, prompt, request.seed, request.count)
+    seed, count = request.seed, request.count
+    facts = Bulk(pipe.content_hash, pipe.stepped_weights, plain, prompt, seed, count)
     file = folder / _FACTS
     if file.exists():
         try:

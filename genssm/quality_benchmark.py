@@ -25,7 +25,7 @@ from genssm.recipes import Recipe
 from genssm.update import Objective, train_step
 
 _WINDOWS = 64  # validation windows that are measured
-_BLOCKS, _HEAD = 6, 32  # of GPT-2: blocks, features of an attention head
+_BLOCKS, _HEAD = 6, 16  # of GPT-2: blocks, features of an attention head
 _LN2 = math.log(2)
 
 
@@ -52,6 +52,7 @@ class Transformer(nn.Module):
             GPT2Config(
                 vocab_size=config.vocab_size, n_positions=config.l_max, n_embd=width,
                 n_layer=_BLOCKS, n_head=max(1, width // _HEAD), use_cache=False,
+                bos_token_id=None, eos_token_id=None,
                 resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             )
         )  # fmt: skip

@@ -241,7 +241,8 @@ def _sample_to_folder(context: typer.Context, out: Path) -> None:
     options = context.params
     for name in ("like", "state", "save_state", "as_json", "keep_rows"):
         if options[name]:
-            raise UsageError(f"a folder of samples takes no --{name.replace('_', '-')}")
+            option = "json" if name == "as_json" else name.replace("_", "-")
+            raise UsageError(f"a folder of samples takes no --{option}")
     try:
         stepper.check_choice(options["engine"], options["weights"])
         pipe = pipeline.load(options["model"] or "wiki", options["engine"], options["weights"])

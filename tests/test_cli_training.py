@@ -1,0 +1,128 @@
+"""The commands around a training: sheets, classifier, evaluation, folders of samples, processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from genssm.cli import app
+
+SMALL = (
+    "d_model=(8,16)", "n_layers=(1,1)", "pools=(4,)", "d_state=8", "batch_size=2", "warmup=1",
+    "labels=('0','1','2')",
+)  # fmt: skip
+SETTINGS = [argument for setting in SMALL for argument in ("--set", setting)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command line in a folder of its own, which holds clips in ``data``."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Result:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, write_sound: Callable[..., Path]) -> Path:
+    """Clips of three classes."""
+    for split, n in (("train", 9), ("validation", 6)):
+        for i in range(n):
+            wave = 0.3 * np.sin(np.arange(60 + i) / (2 + 3 * (i % 3)))
+            write_sound(tmp_path / "data" / split / f"{i % 3}_{i}.wav", wave)
+    return tmp_path / "data"
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes of ``-m genssm``, as torchrun starts them."""
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "genssm", *arguments],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_fill_a_folder(tmp_path: Path, run):
+    done = launch("train", "digits", "--data", "data", "-o", "out", "--set", "steps=3",
+                  "--set", "shard=True", "-q", *SETTINGS, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out/checkpoint\n"  # of rank 0
+    assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) >= 2
+    sample = ["sample", "-m", "out/checkpoint", "-n", "9", "--max-tokens", "20", "--engine",
+              "eager", "-q", "-o"]  # fmt: skip
+    done = launch(*sample, "many/", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["many  3 samples drawn", "many  6 samples drawn"]
+    assert len(list((tmp_path / "many").glob("*.wav"))) == 9
+    again = run(*sample, "many")
+    assert again.stdout == "many  0 samples drawn\n"
+    alone = run(*sample, "alone/")
+    assert alone.stdout == "alone  9 samples drawn\n"
+    for file in (tmp_path / "many").glob("*.wav"):
+        assert (tmp_path / "alone" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_train_classify_and_judge_samples(run, tmp_path: Path):
+    result = run("train", "digits", "--data", "data", "-o", "out", "--set", "steps=2", *SETTINGS)
+    assert result.exit_code == 0, result.stderr
+    result = run("classifier", "digits", "--data", "data", "-o", "judge.safetensors", "--epochs", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "of 6 held-out examples" in result.stdout
+    assert "epoch 1 of 1" in result.stderr
+    result = run("classifier", "digits", "--data", "data", "-o", "judge.safetensors")
+    assert result.exit_code == 2
+    result = run("evaluate", "out/checkpoint", "--data", "data/validation", "--json")
+    assert json.loads(result.stdout)["unit"] == "bits/sample"
+    result = run("evaluate", "out/checkpoint", "--data", "data/validation", "--classify",
+                 "--record", "classes")  # fmt: skip
+    assert "accuracy" in result.stdout
+    config = json.loads((tmp_path / "out" / "checkpoint" / "config.json").read_text())
+    assert config["metrics"]["classes"]["examples"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--temperature", "1"], 2, "give --samples, too"),
+        (["--classifier", "x"], 2, "give --samples, too"),
+        (["--samples", "4", "--classify"], 2, "give one of them"),
+    ],
+)
+def test_options_of_samples_need_samples(run, arguments: list[str], code: int, message: str):
+    result = run("evaluate", "wiki", "--data", "data", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json"], "takes no --json"),
+        (["-p", "clip.wav"], "takes a class as prompt"),
+        (["-p", "3", "--rank", "2"], "rank chooses among samples"),
+    ],
+)
+def test_a_folder_of_samples_refuses_what_it_cannot_hold(run, arguments: list[str], message: str):
+    result = run("sample", "-m", "digits", "-o", "many/", *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+
+
+def test_text_of_a_public_set_that_is_not_there_is_one_sentence(run):
+    result = run("train", "wiki", "--data", "wikitext-3", "-o", "out")
+    assert result.exit_code == 1
+    assert "it is no public set; known: wikitext-2" in result.stderr

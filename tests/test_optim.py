@@ -188,3 +188,10 @@ def test_a_step_is_noticed_by_what_is_kept_between_evaluations(layer: str, make_
         fresh = make_model("isotropic", layer)
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(model(tokens), fresh(tokens))
+
+
+@pytest.mark.parametrize(("left", "factor"), [(1.0, 1.0), (0.5, 0.5), (0.25, 0.1464), (0.0, 0.0)])
+def test_cosine_begins_and_ends_flat(left: float, factor: float):
+    """``left``: of the descent, which here is all of the training."""
+    actual = rate(100, 1 - left, warmup=1, decay=1.0, schedule="cosine")
+    assert actual == pytest.approx(factor, abs=1e-4)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import genssm
 from genssm import checkpoint as checkpoints
@@ -627,3 +628,31 @@ def test_every_kind_of_layer_learns_converts_and_writes(layer: str, settings: di
     assert after < before - 0.5
     to_recurrent(pipe.model, check=tokens[:200])
     assert pipe.sample("The License", max_tokens=8, seed=1)[0].raw.startswith("The License")
+
+
+def test_compiled_training_equals_the_plain_one(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Traced and run without a compiler here: the same losses, and a state that shows nothing."""
+    compiled = []
+
+    def compile_by_tracing(module: nn.Module, dynamic: bool) -> None:
+        compiled.append(type(module).__name__)
+        plain = module.forward
+        module._compiled_call_impl = torch.compile(plain, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_by_tracing)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
+    recipe = RECIPES["audio"]
+    train(recipe, data["audio"], tmp_path / "plain")
+    assert not compiled
+    train(recipe.changed({"compile": True}), data["audio"], tmp_path / "compiled")
+    assert compiled == ["Mixer", "Mixer"]
+    plain, traced = (weights_of(tmp_path / name) for name in ("plain", "compiled"))
+    assert set(plain) == set(traced)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(traced[name], tensor, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler"):
+        train(recipe.changed({"compile": True}), data["audio"], tmp_path / "none")

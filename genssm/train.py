@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
@@ -254,6 +255,8 @@ class _Training:
         """Write a sample sheet."""
         model = self.state.exported()
         if self.world.leads:
+            if self.world.device.type != "cpu":  # samples are stepped on the CPU
+                model = copy.deepcopy(model).cpu()
             whole = checkpoints.Checkpoint(model, self.data.codec)
             write_sheet(whole, self.out / "samples", self.state.counters.step)
         self.world.wait()

@@ -82,6 +82,8 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
     seed, count = request.seed, request.count
     facts = Bulk(pipe.content_hash, pipe.stepped_weights, plain, prompt, seed, count)
     file = folder / _FACTS
+    # Looked at before the facts: another process writes those before its first sample.
+    occupied = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
     if file.exists():
         try:
             before = Bulk(**json.loads(file.read_text()))
@@ -94,7 +96,7 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
             )
         if before.count >= facts.count:
             return
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    elif occupied:
         raise FileExistsError(f"{str(folder)!r} holds something else; use another folder")
     replace_file(file, lambda target: target.write_text(json.dumps(asdict(facts), indent=1)))
 

@@ -194,7 +194,7 @@ class CompiledGeneration:
         seen[:, start.tokens[start.tokens < size].numpy()] = True
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
-        self._parts, self.threads = self._shared_out(_Part(list(self.active), memory, seen))
+        self._parts, self._threads = self._shared_out(_Part(list(self.active), memory, seen))
         self._position, self._size = len(start.tokens), 1
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
         self._error: NotFiniteError | None = None
@@ -203,6 +203,13 @@ class CompiledGeneration:
     def ahead(self) -> int:
         """Steps that are drawn already."""
         return len(self._ahead)
+
+    @property
+    def threads(self) -> int:
+        """Threads that step at once: groups of samples, or shares of one group's vectors."""
+        if len(self._parts) > 1:
+            return self._threads
+        return self.model.threads(self.rows)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -337,17 +344,20 @@ class CompiledGeneration:
         return time.perf_counter() - started
 
 
-def draw_ahead(generations: Sequence[CompiledGeneration]) -> None:
+def draw_ahead(generations: Sequence[CompiledGeneration], threads: int | None = None) -> None:
     """Draw the next block of each; several of one model and one ``place`` are one batch.
 
-    What they draw does not depend on their company, to the last bit.
+    What they draw does not depend on their company, to the last bit. At most so many ``threads``
+    step one batch; as many as torch may use if None.
     """
+    most = torch.get_num_threads() if threads is None else threads
     first = generations[0]
     draws = [generation._draws(first.place[1]) for generation in generations]
-    if len(generations) == 1:
+    if len(draws) == 1 and len(draws[0]) > 1:
         blocks = [in_threads(first.model.generate, draws[0], first.threads)]
     else:
-        together = iter(first.model.generate_together([d for each in draws for d in each]))
+        every = [d for each in draws for d in each]
+        together = iter(first.model.generate_together(every, most))
         blocks = [[next(together) for _ in each] for each in draws]
     for generation, block in zip(generations, blocks, strict=True):
         generation._take(block)

@@ -190,8 +190,9 @@ class Scheduler:
     def _work(self) -> None:
         while company := self._company():
             try:
-                if len(company) > 1:
-                    draw_ahead([g for job in company if (g := job._hungry) is not None])
+                hungry = [g for job in company if (g := job._hungry) is not None]
+                if hungry:
+                    draw_ahead(hungry, None if self._jobs == 1 else 1)
             except Exception as error:
                 self._end(company, error)
                 continue

@@ -31,7 +31,8 @@ PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
 # Operations, and the columns of the program that hold their arguments.
 EMBED, CONDITION, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
 SILU, GATE, ADD, POOL, LOGISTICS = range(8, 13)
-COLUMNS = 10
+SERIAL = (EMBED, CONDITION, TAPS, POSITION, LOGISTICS)  # one thread does them, all share the others
+TEAM = 4  # threads that may step one batch together
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
 _OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
@@ -230,6 +231,83 @@ def restore_denormals(typing: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int32), generate
+
+
+# Threads that step one batch together: each has its own columns of every region.
+
+
+@intrinsic
+def arrive(typing: Any, array: Any) -> Any:
+    """Add one to array[0], atomically; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        return builder.atomic_rmw("add", pointer, _I64(1), "seq_cst")
+
+    return types.int64(array), generate
+
+
+@intrinsic
+def peek(typing: Any, array: Any, index: Any) -> Any:
+    """array[index] as other threads left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        return builder.load_atomic(builder.gep(pointer, [arguments[1]]), "seq_cst", 8)
+
+    return types.int64(array, types.intp), generate
+
+
+@intrinsic
+def relax(typing: Any) -> Any:
+    """Tell the processor that this thread waits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def give_way(typing: Any) -> Any:
+    """Let another thread have the core (POSIX)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if platform.system() != "Windows":
+            _call(builder, "sched_yield", _I32)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@njit(**_OPTIONS)
+def meet(gate, members):
+    """Wait until all members of the team have come here; False if the team is called off.
+
+    gate[0] counts arrivals, gate[8] (another cache line) is not zero when it is called off.
+    """
+    if members == 1:
+        return True
+    goal = (arrive(gate) // members + 1) * members
+    waited = 0
+    while peek(gate, 0) < goal:
+        if peek(gate, 8) != 0:
+            return False
+        waited += 1
+        if waited > 1000:  # the other thread has no core, perhaps
+            give_way()
+        else:
+            relax()
+    return True
+
+
+@njit(**_OPTIONS)
+def share(width, member, members):
+    """The columns of a member of the team, from … to, in whole panels."""
+    panels = width // PANEL
+    return panels * member // members * PANEL, panels * (member + 1) // members * PANEL
 
 
 # Linear maps: tiles of rows × panels whose sums stay in registers.
@@ -448,9 +526,12 @@ def quantize(work, source, size, target):
 
 @njit(**_OPTIONS)
 def linear(
-    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch
+    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch,
+    begin, finish,
 ):  # fmt: skip
     """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
+
+    Of the outputs those from ``begin`` to ``finish``.
 
     ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8. A sum runs over the inputs
     in order whatever the tile. Four panels stay in the cache while they meet all rows.
@@ -463,8 +544,8 @@ def linear(
         for row in range(batch):
             quantize(work, x + row * inputs, inputs, digits + row * stride)
         x = digits
-    end = outputs // PANEL
-    for first in range(0, end, 4):
+    end = finish // PANEL
+    for first in range(begin // PANEL, end, 4):
         row = 0
         while row < batch:
             rows = most
@@ -526,7 +607,7 @@ def sigmoid(x):
 
 
 @njit(**_OPTIONS)
-def norm(work, source, target, width, size, constants, table):
+def norm(work, source, target, width, size, constants, table, begin, finish):
     """Layer norm of one row: ``size`` features, the others up to ``width`` are zero."""
     sums = splat(f32(0.0))
     for i in range(0, width, LANES):
@@ -538,20 +619,20 @@ def norm(work, source, target, width, size, constants, table):
         squares = fma(d, d, squares)
     variance = (total(squares) - f32(width - size) * mean * mean) / f32(size)
     scale = splat(f32(1.0) / np.sqrt(variance + f32(1e-5)))
-    for i in range(0, width, LANES):
+    for i in range(begin, finish, LANES):
         d = mul(sub(load(work, source + i), centre), scale)
         scaled = fma(d, load(constants, table + i), load(constants, table + width + i))
         store(work, target + i, scaled)
 
 
 @njit(**_OPTIONS)
-def diagonal(work, source, target, width, pairs, state, constants, table, batch):
+def diagonal(work, source, target, width, pairs, state, constants, table, batch, begin, finish):
     """z = a z + u, y = silu(Re c·z + D u) for 16 features at a time (S4D).
 
     ``table``: D (width,), then Re a, Im a, Re c, -Im c (pairs, 4, 16) of each 16 features. State:
     Re z, Im z (pairs, 2, 16) of each 16 features.
     """
-    for feature in range(0, width, LANES):
+    for feature in range(begin, finish, LANES):
         d = load(constants, table + feature)
         first = table + width + feature * pairs * 4
         for row in range(batch):
@@ -573,7 +654,9 @@ def diagonal(work, source, target, width, pairs, state, constants, table, batch)
 
 
 @njit(**_OPTIONS)
-def low_rank(work, source, target, width, pairs, rank, state, constants, table, batch, scratch):
+def low_rank(
+    work, source, target, width, pairs, rank, state, constants, table, batch, scratch, begin, finish
+):  # fmt: skip
     """x = a x - Σ p_r (q_r·x) + b u, y = silu(c·x + D u) for 16 features at a time (S4).
 
     ``table``: D (width,), then for each 16 features a, b, c (pairs, 6, 16) and for each r p, q
@@ -581,7 +664,7 @@ def low_rank(work, source, target, width, pairs, rank, state, constants, table, 
     """
     per_feature = pairs * (6 + 4 * rank)
     zero = splat(f32(0.0))
-    for feature in range(0, width, LANES):
+    for feature in range(begin, finish, LANES):
         d = load(constants, table + feature)
         first = table + width + feature * per_feature
         low = first + pairs * 96
@@ -615,10 +698,10 @@ def low_rank(work, source, target, width, pairs, rank, state, constants, table, 
 
 
 @njit(**_OPTIONS)
-def pointwise(code, work, source, target, width, batch):
+def pointwise(code, work, source, target, width, batch, begin, finish):
     """SILU: y = silu(y). ADD: y += x. GATE: y += x[:width] · sigmoid(x[width:])."""
     for row in range(batch):
-        for i in range(row * width, row * width + width, LANES):
+        for i in range(row * width + begin, row * width + finish, LANES):
             y = load(work, target + i)
             if code == SILU:
                 y = mul(y, sigmoid(y))
@@ -631,11 +714,8 @@ def pointwise(code, work, source, target, width, batch):
 
 
 @njit(**_OPTIONS)
-def gather_taps(work, target, width, history, taps, prediction, phases, constants, table, position):
-    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction.
-
-    All rows have the phase of ``position``.
-    """
+def gather_taps(work, target, width, history, taps, prediction, constants, table, phase):
+    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction."""
     last = history.shape[1]
     for row in range(history.shape[0]):
         predicted = f32(0.0)
@@ -646,7 +726,7 @@ def gather_taps(work, target, width, history, taps, prediction, phases, constant
                 value = f32(token) * f32(2 / 255) - f32(1.0)
             work[target + row * width + k] = value
             if table >= 0:
-                predicted += value * constants[table + position % phases * width + k]
+                predicted += value * constants[table + phase * width + k]
         for k in range(len(taps), width):
             work[target + row * width + k] = f32(0.0)
         if table >= 0:
@@ -741,7 +821,7 @@ def embed(tokens, t, reads, history, kept, positions, work, target, width, const
             history[row, k - 1] = history[row, k]
         token = tokens[reads[row], t]
         history[row, -1] = token
-        if kept and positions[row] == 0:
+        if kept and positions[row] + t == 0:
             history[row, 0] = token
         for i in range(0, width, LANES):
             store(work, target + row * width + i, load(constants, table + token * width + i))
@@ -758,10 +838,10 @@ def add_condition(history, work, target, width, constants, table):
 
 
 @njit(**_OPTIONS)
-def add_position(positions, rows, columns, channels, work, target, width, constants, table):
+def add_position(positions, t, rows, columns, channels, work, target, width, constants, table):
     """Add the embeddings of row, column and channel of a place in an image."""
     for b in range(len(positions)):
-        position = positions[b]
+        position = positions[b] + t
         row = table + min(position // (columns * channels), rows - 1) * width
         column = table + (rows + position // channels % columns) * width
         channel = table + (rows + columns + position % channels) * width
@@ -772,63 +852,92 @@ def add_position(positions, rows, columns, channels, work, target, width, consta
 
 
 @njit(**_OPTIONS)
-def enter_pool(work, x, width, group, queue, stride, phase, batch):
+def enter_pool(work, x, width, group, queue, stride, phase, batch, begin, finish):
     """Keep the inputs of the group being filled; add what the last full group gives this one."""
     for b in range(batch):
-        member = (b * stride + phase) * width
-        for i in range(0, width, LANES):
+        place = (b * stride + phase) * width
+        for i in range(begin, finish, LANES):
             u = load(work, x + b * width + i)
-            store(work, group + member + i, u)
-            store(work, x + b * width + i, add(u, load(work, queue + member + i)))
+            store(work, group + place + i, u)
+            store(work, x + b * width + i, add(u, load(work, queue + place + i)))
+
+
+@njit(**_OPTIONS)
+def serially(
+    code, constants, table, taps, work, x, y, width, size, extra, more, history, tokens, t, reads,
+    positions, scratch,
+):  # fmt: skip
+    """One of SERIAL."""
+    batch = history.shape[0]
+    if code == EMBED:  # size: columns of the history that hold the first token
+        embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
+    elif code == CONDITION:
+        add_condition(history, work, y, width, constants, table)
+    elif code == TAPS:  # source: the prediction; size: phases
+        phase = (positions[0] + t) % size
+        gather_taps(work, y, width, history, taps, x, constants, table, phase)
+    elif code == POSITION:  # size, extra, more: rows, columns, channels
+        add_position(positions, t, size, extra, more, work, y, width, constants, table)
+    else:  # LOGISTICS; size: values; extra: the prediction; more: mixtures
+        for b in range(batch):
+            logistics(work, x + b * PANEL, y + b * width, extra * batch + b * PANEL, size, width,
+                      more, scratch)  # fmt: skip
 
 
 @njit(**_OPTIONS)
 def advance(  # noqa: PLR0912
     program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t, reads,
-    positions, scratch,
+    positions, scratch, member, members, gate,
 ):  # fmt: skip
-    """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``."""
+    """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``.
+
+    Returns False if the team is called off.
+    """
     batch = history.shape[0]
-    position = positions[0]  # whose phase in the pools and channels is that of all rows
+    position = positions[0] + t  # whose phase in the pools and channels is that of all rows
     line = 0
     while line < len(program):
         code, source, target = program[line, 0], program[line, 1], program[line, 2]
         width, table, matrix = program[line, 3], program[line, 4], program[line, 5]
         size, extra = program[line, 6], program[line, 7]
         more, last = program[line, 8], program[line, 9]
+        parts, together = program[line, 10], program[line, 11]
         line += 1
         x, y = source * batch, target * batch
-        if code == EMBED:  # size: columns of the history that hold the first token
-            embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
-        elif code == CONDITION:
-            add_condition(history, work, y, width, constants, table)
-        elif code == TAPS:  # source: the prediction; size: phases
-            gather_taps(work, y, width, history, taps, x, size, constants, table, position)
+        if together and not meet(gate, members):
+            return False
+        begin, finish = share(width, member, members)
+        if code in SERIAL:
+            if member == 0:
+                serially(code, constants, table, taps, work, x, y, width, size, extra, more,
+                         history, tokens, t, reads, positions, scratch)  # fmt: skip
         elif code == LINEAR:  # size: inputs; a phase has ``extra`` bytes and ``more`` constants
             phase = position % last
-            linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
-                   constants, table + phase * more, digits * batch, batch)  # fmt: skip
-        elif code == POSITION:  # size, extra, more: rows, columns, channels
-            add_position(positions, size, extra, more, work, y, width, constants, table)
+            room = digits * batch + member * batch * (size + PANEL)
+            apart = parts if members > 1 else 1
+            begin, finish = share(width // apart, member, members)
+            for part in range(apart):
+                before = part * (width // apart)
+                linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
+                       constants, table + phase * more, room, batch, before + begin,
+                       before + finish)  # fmt: skip
         elif code == NORM:  # size: features that are no padding
             for b in range(batch):
-                norm(work, x + b * width, y + b * width, width, size, constants, table)
+                norm(work, x + b * width, y + b * width, width, size, constants, table, begin,
+                     finish)  # fmt: skip
         elif code == DIAGONAL:  # size: pairs; extra: state
-            diagonal(work, x, y, width, size, extra * batch, constants, table, batch)
+            diagonal(work, x, y, width, size, extra * batch, constants, table, batch, begin, finish)
         elif code == LOW_RANK:  # size: pairs; extra: state; more: rank
             low_rank(work, x, y, width, size, more, extra * batch, constants, table, batch,
-                     scratch)  # fmt: skip
+                     scratch, begin, finish)  # fmt: skip
         elif code == POOL:  # source: group; extra: queue; size: stride; more: stride to here
             phase = position // more % size
-            enter_pool(work, y, width, x, extra * batch, size, phase, batch)
+            enter_pool(work, y, width, x, extra * batch, size, phase, batch, begin, finish)
             if phase < size - 1:
                 line = last  # the inner stack steps when its group is full
-        elif code == LOGISTICS:  # size: values; extra: the prediction; more: mixtures
-            for b in range(batch):
-                logistics(work, x + b * PANEL, y + b * width, extra * batch + b * PANEL, size,
-                          width, more, scratch)  # fmt: skip
         else:
-            pointwise(code, work, x, y, width, batch)
+            pointwise(code, work, x, y, width, batch, begin, finish)
+    return True
 
 
 # From logits to tokens: sampling.probabilities and sampling.draw, row by row.
@@ -993,7 +1102,7 @@ def draw(
 def run(
     program, wide, kind, matrices, constants, taps, work, digits, history, positions, reads,
     logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
-    weights, keys, changed, histogram, scratch,
+    weights, keys, changed, histogram, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
@@ -1003,12 +1112,15 @@ def run(
     so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
     period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
     ``logits`` is a region of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The
-    other arrays are room for intermediate results.
+    other arrays are room for intermediate results. ``members`` threads may run this at once, with
+    equal arguments but for ``member``, from 0, ``scratch``, and ``gate`` for ``meet``.
     """
     before = flush_denormals()
     batch = history.shape[0]
     for t in range(tokens.shape[1]):
-        for s in range(len(tokens)):
+        if not meet(gate, members):
+            break
+        for s in range(len(tokens) if member == 0 else 0):
             own = logits * batch + streams[s, 0] * width
             if t >= given:
                 token, cost = draw(
@@ -1020,10 +1132,9 @@ def run(
             elif scored:
                 whole = log_sum(work, own, size, width, weights)
                 bits[s, t] = (whole - work[own + tokens[s, t]]) / np.log(2.0)
-        advance(
+        if not advance(
             program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t,
-            reads, positions, scratch,
-        )  # fmt: skip
-        for b in range(batch):
-            positions[b] += 1
+            reads, positions, scratch, member, members, gate,
+        ):  # fmt: skip
+            break
     restore_denormals(before)

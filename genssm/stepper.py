@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -91,11 +94,11 @@ def load_kernels() -> ModuleType:
 
 
 class Room:
-    """Room for the intermediate results of a draw."""
+    """Room for the intermediate results of a step by a team of threads, and of a draw."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, team: int) -> None:
         self.weights, self.changed = zeros(width, np.float32), zeros(width, np.float32)
-        self.histogram, self.scratch = zeros(4096, np.float64), zeros(64, np.float32)
+        self.histogram, self.scratch = zeros(4096, np.float64), zeros(team * 64, np.float32)
 
 
 @dataclass
@@ -276,10 +279,19 @@ class _Program:
 
     def emit(
         self, code: int, source: int, target: int, width: int, table: int = 0, matrix: int = 0,
-        size: int = 0, extra: int = 0, more: int = 0, last: int = 0,
+        size: int = 0, extra: int = 0, more: int = 0, last: int = 0, parts: int = 1,
     ) -> None:  # fmt: skip
-        """One operation; the arguments are those of ``simd.advance``."""
-        self.lines.append([code, source, target, width, table, matrix, size, extra, more, last])
+        """One operation; the arguments are those of ``simd.advance``.
+
+        ``parts``: blocks of the outputs whose columns belong together, as those of a gate do. The
+        last column tells threads to wait for each other: before they read what others have written.
+        """
+        simd, before = self.simd, self.lines[-1][0] if self.lines else code
+        reads_all = code in (simd.LINEAR, simd.NORM, simd.LOGISTICS)
+        meet = reads_all or (code in simd.SERIAL) != (before in simd.SERIAL)
+        self.lines.append(
+            [code, source, target, width, table, matrix, size, extra, more, last, parts, int(meet)]
+        )
 
     def linear(
         self, weights: list[Array], bias: Array, source: int, target: int,
@@ -302,6 +314,7 @@ class _Program:
         self.emit(
             self.simd.LINEAR, source, target, width, n_constants, n_bytes, inputs,
             (self.n_bytes - n_bytes) // phases, (self.n_constants - n_constants) // phases, phases,
+            parts[0],
         )  # fmt: skip
         return width
 
@@ -444,7 +457,7 @@ def _pool(
     program.dense(pool.down, group, inner, (1, stride))
     slots = _stack(program, pool.inner, inner, room, period * stride)
     program.dense(pool.up, inner, queue, (stride, 1))
-    program.lines[entry][-1] = len(program.lines)  # where to go on until the group is full
+    program.lines[entry][9] = len(program.lines)  # where to go on until the group is full
     return _Group(group, queue, (stride, joined // stride), period, slots)
 
 
@@ -502,6 +515,7 @@ class CompiledModel:
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
         self._wide = _has_wide_vectors()
+        self._paces: dict[int, Pace] = {}  # by rows of a batch
         self._thread = threading.local()  # room of each thread that steps
         self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
 
@@ -521,7 +535,7 @@ class CompiledModel:
         self._slots = _stack(program, self.model.stack, x, room, 1)
         program.norm(self.model.norm, x, room[0])
         self._logits, self._width = _head(program, self.model, room[0], prediction)
-        self._digits = program.reserve(program.widest + simd.PANEL)
+        self._digits = program.reserve(simd.TEAM * (program.widest + simd.PANEL))
         self._size, self._kept = program.size, program.kept
         self._lines = np.array(program.lines, np.int64)
         self._constants = _aligned(program.constants, np.float32)
@@ -544,7 +558,7 @@ class CompiledModel:
         history = np.insert(state.history.numpy(), self._kept_columns, -1, axis=1)
         work = zeros(self._size * batch, np.float32)
         positions = np.full(batch, int(state.position), np.int64)
-        memory = Memory(positions, history, work, Room(self._width))
+        memory = Memory(positions, history, work, Room(self._width, self._simd.TEAM))
         for slot, part in zip(self._slots, state.layers, strict=True):
             slot.load(memory, part)
         if logits is not None:
@@ -571,7 +585,7 @@ class CompiledModel:
         """A memory of the batch rows ``index``, to the last bit."""
         work = zeros(self._size * len(index), np.float32)
         positions, history = memory.positions[index], memory.history[index]
-        result = Memory(positions, history, work, Room(self._width))
+        result = Memory(positions, history, work, Room(self._width, self._simd.TEAM))
         for offset, width in self._kept:
             region(result, offset, width)[:] = region(memory, offset, width)[index]
         return result
@@ -634,21 +648,43 @@ class CompiledModel:
         """Draw and read n tokens a sample: tokens (S, n) and their bits (S, n)."""
         return self.generate_together([draws])[0]
 
-    def generate_together(self, draws: Sequence[Draws]) -> list[tuple[Array, Array]]:
+    def generate_together(
+        self, draws: Sequence[Draws], threads: int = 1
+    ) -> list[tuple[Array, Array]]:
         """``generate`` for several, as one batch, to the same last bit.
 
-        Their n must be equal, and their positions modulo the model's period.
+        Their n must be equal, and their positions modulo the model's period. So many ``threads``
+        may share the columns of every vector, if that turns out to be faster: see ``Pace``.
         """
         seen = draws[0].seen if len(draws) == 1 else np.concatenate([d.seen for d in draws])
         tokens = np.zeros((len(seen), draws[0].uniforms.shape[1]), np.int64)
         with self._joined([d.memory for d in draws]) as memory:
-            bits = self._run(memory, draws, tokens, seen=seen)
+            bits = self._at_best_pace(memory, draws, tokens, seen, threads)
         result, end = [], 0
         for d in draws:
             part = slice(end, end := end + len(d.seen))
             d.seen[:] = seen[part]
             result.append((tokens[part], bits[part]))
         return result
+
+    def threads(self, rows: int) -> int:
+        """Threads that step a batch of so many rows together, as far as is known."""
+        return self._paces[rows].threads if rows in self._paces else 1
+
+    def _at_best_pace(
+        self, memory: Memory, draws: Sequence[Draws], tokens: Array, seen: Array, most: int
+    ) -> Array:
+        most = min(most, self._simd.TEAM)
+        if most == 1 or not _forming.acquire(blocking=False):
+            return self._run(memory, draws, tokens, seen=seen)
+        try:
+            pace, steps = self._paces.setdefault(memory.batch, Pace()), tokens.shape[1]
+            threads, started = pace.choose(most, steps), time.perf_counter()
+            bits = self._run(memory, draws, tokens, seen=seen, threads=threads)
+            pace.took(threads, steps, time.perf_counter() - started)
+            return bits
+        finally:
+            _forming.release()
 
     def _check(self, tokens: Array) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -659,7 +695,7 @@ class CompiledModel:
 
     def _run(
         self, memory: Memory, draws: Sequence[Draws], tokens: Array, *, seen: Array, given: int = 0,
-        scored: bool = False,
+        scored: bool = False, threads: int = 1,
     ) -> Array:  # fmt: skip
         """``simd.run``; returns the bits of the tokens (S, n)."""
         room, bits = memory.room, np.zeros(tokens.shape)
@@ -672,14 +708,83 @@ class CompiledModel:
             streams.append(np.stack([own, own + rows - samples], 1))
             reads.append(np.tile(np.arange(samples) + sum(map(len, streams[:-1])), rows // samples))
             row += rows
-        self._simd.run(
+        gate = zeros(16, np.int64)
+        arguments = (
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
             memory.work, self._digits, memory.history, memory.positions, np.concatenate(reads),
             self._logits, self.config.n_outputs, self._width, tokens, bits, given, scored, uniforms,
             settings, np.concatenate(streams), seen, room.weights, room.weights.view(np.int32),
-            room.changed, room.histogram, room.scratch,
+            room.changed, room.histogram,
         )  # fmt: skip
+
+        def run(member: int) -> None:
+            self._simd.run(*arguments, room.scratch[64 * member :], member, threads, gate)
+
+        if threads == 1:
+            run(0)
+        else:
+            _as_team(run, threads, gate)
+        memory.positions += tokens.shape[1]
         return bits
+
+
+class Pace:
+    """How many threads step a batch fastest, one or a team, by the clock of the blocks drawn.
+
+    Both draw the same tokens, so that a trial costs no more than the time of the slower. A team
+    that loses, on a busy machine say, is tried again after twice as many steps each time.
+    """
+
+    SHORT = 16  # steps for which a team is not called together
+    PATIENCE, LONGEST = 512, 2**17  # steps to the next trial, at first and at most
+
+    def __init__(self) -> None:
+        self.threads = 1
+        self._seconds: dict[bool, float] = {}  # of a step: by a team?
+        self._left, self._patience = 0, self.PATIENCE
+
+    def choose(self, most: int, steps: int) -> int:
+        """Threads for the next block of so many steps, 1 or ``most``."""
+        if steps < self.SHORT or False not in self._seconds:
+            return 1
+        if self._left <= 0:
+            return most if self.threads == 1 else 1
+        return min(self.threads, most)
+
+    def took(self, threads: int, steps: int, seconds: float) -> None:
+        """What ``choose`` said, and what came of it."""
+        if steps < self.SHORT:
+            return
+        self._seconds[threads > 1] = seconds / steps
+        self._left -= steps
+        if (threads > 1) == (self.threads > 1):  # no trial
+            return
+        if self._seconds[True] < 0.9 * self._seconds[False]:
+            self.threads, self._patience = max(self.threads, threads), self.PATIENCE
+        else:
+            self.threads, self._patience = 1, min(2 * self._patience, self.LONGEST)
+        self._left = self._patience
+
+
+_forming = threading.Lock()  # one team at a time, so that none waits for the members of another
+
+
+@cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="genssm team")
+
+
+def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
+    """``run`` of every member at once, the first in this thread; needs ``_forming``."""
+    others: list[Future[None]] = []
+    try:
+        others += [_helpers(threads - 1).submit(run, member) for member in range(1, threads)]
+        run(0)
+    except BaseException:
+        gate[8] = 1  # an interruption, before all could meet
+        raise
+    finally:
+        wait(others)
 
 
 def _settings(draws: Draws) -> list[float]:

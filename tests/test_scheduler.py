@@ -39,9 +39,9 @@ def test_results_do_not_depend_on_the_company(
 ):
     companies: list[int] = []
 
-    def counted(generations: Sequence[CompiledGeneration]) -> None:
+    def counted(generations: Sequence[CompiledGeneration], threads: int | None) -> None:
         companies.append(len(generations))
-        draw_ahead(generations)
+        draw_ahead(generations, threads)
 
     monkeypatch.setattr("genssm.scheduler.draw_ahead", counted)
     settings = [

@@ -24,7 +24,9 @@ from genssm.stepper import (
     SCORED,
     CompiledModel,
     Draws,
+    Pace,
     UnsupportedError,
+    _as_team,
     check_choice,
     choose,
     describe,
@@ -175,6 +177,75 @@ def test_a_row_does_not_depend_on_its_company(
             memory = compiled.load(state.rows(torch.arange(batch)))
             for token, logits in zip(tokens, expected, strict=True):
                 assert torch.equal(compiled.step(token[:batch], memory), logits[:batch])
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_team_of_threads_changes_no_bit(
+    make_model: MakeModel, operation: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths of one panel, which only one thread has, to several; guided and in company."""
+    kind, layer = OPERATIONS[operation]
+    widths = (40, 72, 136)[: 1 if kind == "isotropic" else 3]
+    compiled = CompiledModel(to_recurrent(make_model(kind, layer, d_model=widths)), weights)
+    _, state, _ = start(compiled.model, 3)
+    monkeypatch.setattr(Pace, "choose", lambda _, most, steps: most)
+
+    def together(threads: int) -> tuple[list[np.ndarray], list[Tensor]]:
+        memories = [compiled.load(state.rows(torch.tensor(rows))) for rows in ([0], [1, 2])]
+        draws = [
+            Draws(
+                memory,
+                np.random.default_rng(7).random((1, 13)),
+                SamplingConfig(repetition_penalty=1.2, top_p=0.9),
+                np.zeros((1, compiled.config.n_outputs), np.bool_),
+                guidance=1.5,
+            )
+            for memory in memories
+        ]
+        drawn = compiled.generate_together(draws, threads)
+        tensors = [t for m in memories for t in compiled.save(m).tensors()]
+        return [a for pair in drawn for a in pair], tensors
+
+    arrays, tensors = together(1)
+    for threads in (2, 3):
+        others, states = together(threads)
+        assert all(map(np.array_equal, others, arrays))
+        assert all(map(torch.equal, states, tensors))
+
+
+def test_a_team_that_is_called_off_ends(make_model: MakeModel) -> None:
+    gate = np.zeros(16, np.int64)
+    gate[8] = 1
+    assert not load_kernels().meet(gate, 2)
+
+    def run(member: int) -> None:
+        if member == 0:
+            raise KeyboardInterrupt
+        gate[3] = load_kernels().meet(gate, 2)
+
+    gate[:] = 0
+    with pytest.raises(KeyboardInterrupt):
+        _as_team(run, 2, gate)
+    assert gate[3] == 0
+
+
+def test_a_team_steps_while_it_is_faster() -> None:
+    pace = Pace()
+
+    def block(seconds: dict[int, float]) -> int:
+        threads = pace.choose(2, 32)
+        pace.took(threads, 32, seconds[threads])
+        return threads
+
+    fast, slow = {1: 1.0, 2: 0.6}, {1: 1.0, 2: 3.0}
+    assert pace.choose(2, 8) == 1  # too short
+    assert [block(fast) for _ in range(4)] == [1, 2, 2, 2]
+    assert [block(fast) for _ in range(64)].count(1) == 3  # now and then alone, to compare
+    assert sum(block(slow) == 2 for _ in range(100)) <= 20  # until the next comparison
+    assert pace.threads == 1
+    assert sum(block(slow) == 2 for _ in range(1000)) <= 6
+    assert pace.choose(1, 32) == 1
 
 
 @pytest.mark.parametrize("config", SETTINGS)

@@ -183,6 +183,11 @@ def trace(
             return
 
 
+def has_transformers() -> bool:
+    """Whether a GPT-2 can take part in a race."""
+    return importlib.util.find_spec("transformers") is not None
+
+
 def race_lengths(pipe: Pipeline) -> list[int]:
     """Lengths at which ``race`` takes the time; a picture has an end."""
     most = pipe.codec.length - TIMED - WARM_UP if isinstance(pipe.codec, Image) else 4096
@@ -193,7 +198,7 @@ def race_lengths(pipe: Pipeline) -> list[int]:
 def race(pipe: Pipeline, lengths: Sequence[int]) -> Iterator[Lap]:
     """The time of one more token at growing lengths: step, convolution, and a Transformer."""
     transformer: Any = None
-    if importlib.util.find_spec("transformers") is not None:
+    if has_transformers():
         size = sum(p.numel() for p in pipe.model.parameters())
         transformer = build_transformer(size, pipe.model.config, max(lengths) + MARGIN)
     probe = torch.tensor(pipe.config["probe"])

@@ -525,6 +525,7 @@ def test_the_race_shows_lap_after_lap(house: House, monkeypatch: pytest.MonkeyPa
     shown = list(Inspector(house).race("Sound"))
     chart, told = shown[-1]
     assert len(shown) == 3
+    assert ("GPT-2 is not here" in told) == (len(chart["series"]) == 2)
     assert "after 128 tokens: step" in told
     assert [p[0] for p in chart["series"][0]["points"]] == [64, 128]
     assert all(y > 0 for s in chart["series"] for _, y in s["points"])

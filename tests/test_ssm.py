@@ -231,7 +231,9 @@ def test_kernels_without_length_are_refused(length: int):
 def test_krylov_products_match_repeated_products(length: int):
     A, B, _ = stable_system(4)
     A_bar, B_bar = ssm.discretize(A, B, 0.1)
-    products = ssm.krylov_products(ssm.repeated_squares(A_bar, length), B_bar, length)
+    powers = ssm.repeated_squares(A_bar, length)
+    assert len(powers) == max(1, (length - 1).bit_length())  # and no square that is not used
+    products = ssm.krylov_products(powers, B_bar, length)
     expected = [torch.linalg.matrix_power(A_bar, k) @ B_bar for k in range(length)]
     torch.testing.assert_close(products, torch.stack(expected, -1))
 

@@ -298,9 +298,6 @@ def measure_speed(
     stepper = subject.recurrent if engine == "eager" else _compiled(subject.recurrent, weights)
     with torch_threads(threads):
         generation = begin(stepper, start, SamplingConfig(), seed=0, indices=range(batch))
-        used = 1
-        if isinstance(generation, CompiledGeneration):
-            used = generation.threads
 
         def run(steps: int) -> float:
             return _seconds(lambda: [generation.step() for _ in range(steps)])
@@ -310,12 +307,13 @@ def measure_speed(
         run(2 if engine == "eager" else WARM_UP)
         steps = unit * max(1, round(extent.seconds / run(unit)))
         seconds = statistics.median(run(steps) for _ in range(extent.repeats))
+        used = generation.threads if isinstance(generation, CompiledGeneration) else 1
     speed = batch * steps / seconds
     read_bytes, state_bytes = bytes_per_step(subject.recurrent, weights, batch, engine)
     share = None
     if batch == 1:
         total = read_bytes + state_bytes
-        share = speed * total / read_bandwidth(total, 1)
+        share = speed * total / read_bandwidth(total, used)
     return Speed(
         subject.name, engine, weights, batch, used, threads, len(start.tokens), speed, read_bytes,
         state_bytes, share,
@@ -323,11 +321,10 @@ def measure_speed(
 
 
 def measure_speeds(subject: Subject, extent: Extent) -> Iterator[Speed]:
-    """Every engine and batch. More than one thread is for compiled batches: rows are shared out."""
+    """Every engine and batch; more than one thread is for the compiled loop."""
     for batch in extent.batches:
         for variant in VARIANTS:
-            shared = variant[0] == "cpu" and batch > 1
-            for threads in thread_counts() if shared else (1,):
+            for threads in thread_counts() if variant[0] == "cpu" else (1,):
                 yield measure_speed(subject, variant, batch, threads, extent)
 
 
@@ -475,9 +472,11 @@ def compare(
     own = []
     for context in extent.contexts:
         start = read(subject.recurrent, torch.randint(0, 256, (context,)))
-        for variant in VARIANTS:
-            own.append(measure_speed(subject, variant, 1, 1, extent, start))
-            report(_speed_line(own[-1]))
+        for engine, weights in VARIANTS:
+            for threads in thread_counts() if engine == "cpu" else (1,):
+                speed = measure_speed(subject, (engine, weights), 1, threads, extent, start)
+                own.append(speed)
+                report(_speed_line(speed))
     baselines = []
     for baseline in measure_baselines(model, transformer, extent):
         baselines.append(baseline)
@@ -502,11 +501,13 @@ def measure_audio(subject: Subject, rate: int, extent: Extent) -> dict[str, Any]
     return asdict(speed) | {"rate": rate, "real_time_factor": factor}
 
 
-def measure_first_token(subject: Subject, length: int, extent: Extent) -> dict[str, Any]:
-    """Seconds from a prompt of ``length`` tokens to the first drawn token, one thread, bf16.
+def measure_first_token(
+    subject: Subject, length: int, threads: int, extent: Extent
+) -> dict[str, Any]:
+    """Seconds from a prompt of ``length`` tokens to the first drawn token, bf16.
 
-    ``extrapolated``: had the prompt been stepped through the same compiled loop, by the time that
-    some of its tokens take.
+    ``extrapolated``: had the prompt been stepped through the same compiled loop on one thread, by
+    the time that some of its tokens take.
     """
     model = _compiled(subject.recurrent, "bf16")
     prompt = torch.randint(0, 256, (length,))
@@ -523,7 +524,7 @@ def measure_first_token(subject: Subject, length: int, extent: Extent) -> dict[s
             model.step(token, memory)
 
     repeats = extent.repeats if length < 2**15 else 1  # long ones vary little
-    with torch_threads(1):
+    with torch_threads(threads):
         if repeats > 1:
             parallel()
         times = [_seconds(parallel) for _ in range(repeats)]
@@ -531,6 +532,7 @@ def measure_first_token(subject: Subject, length: int, extent: Extent) -> dict[s
         stepped = statistics.median(_seconds(stepping) for _ in range(extent.repeats))
     return {
         "tokens": length,
+        "threads": threads,
         "seconds_parallel": statistics.median(times),
         f"seconds_stepping_extrapolated_from_{len(few)}_tokens": stepped / len(few) * length,
     }
@@ -605,8 +607,10 @@ def benchmark_sampling(small: bool = False, report: Report = lambda line: None) 
         )
     facts["first_token"] = []
     for length in extent.prompts:
-        facts["first_token"].append(row := measure_first_token(reference, length, extent))
-        report(", ".join(f"{k} {v:.3f}" if k != "tokens" else f"{k} {v}" for k, v in row.items()))
+        for threads in thread_counts():
+            row = measure_first_token(reference, length, threads, extent)
+            facts["first_token"].append(row)
+            report(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     facts["start_up"] = measure_start_up(extent.repeats)
     report(f"{facts['start_up']['command']}: {facts['start_up']['seconds']:.2f} s")
     return facts
@@ -625,7 +629,7 @@ def plot(facts: dict[str, Any], file: Path) -> None:
 
     figure = Figure((12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    single = [row for row in facts["sampling"] if row["batch"] == 1]
+    single = [row for row in facts["sampling"] if (row["batch"], row["threads_allowed"]) == (1, 1)]
     models = list(dict.fromkeys(row["model"] for row in single))
     for i, (engine, weights) in enumerate(VARIANTS):
         rows = [r for r in single if (r["engine"], r["weights"]) == (engine, weights)]

@@ -118,7 +118,8 @@ def test_benchmark_writes_all_sections(tmp_path: Path):
     assert all((row["bandwidth_share"] is None) == (row["batch"] > 1) for row in facts["sampling"])
     assert all(ratio["ratio"] > 0 for ratio in facts["comparison"]["ratios"])
     assert [row["rate"] for row in facts["audio"]] == [8000, 16000]
-    (first,) = facts["first_token"]
+    first = facts["first_token"][0]
+    assert first["threads"] == 1
     assert first["seconds_stepping_extrapolated_from_16_tokens"] > 0
     assert facts["start_up"]["seconds"] > 0
     assert plot.read_bytes()[:4] == b"\x89PNG"

@@ -6,6 +6,7 @@ on CPUs.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,10 @@ def default_device() -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world that ``torchrun`` describes in the environment, left again at the end."""
+    """The world that ``torchrun`` describes in the environment, left again at the end.
+
+    Models that were spread over it should be gone by then.
+    """
     device = default_device()
     if "RANK" not in os.environ or dist.is_initialized():
         size = dist.get_world_size() if dist.is_initialized() else 1
@@ -88,5 +92,7 @@ def joined() -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()
     finally:
+        gc.collect()  # wrapped models hold the group, whose threads must end before the process
         dist.destroy_process_group()

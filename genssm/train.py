@@ -23,7 +23,7 @@ from genssm.optim import build_optimizers, rate
 from genssm.preparation import load_weights, prepare
 from genssm.recipes import Recipe
 from genssm.sheets import write_sheet
-from genssm.training_log import Progress, open_log
+from genssm.training_log import Log, Progress, open_log
 from genssm.training_state import TrainingState
 from genssm.update import compile_pointwise, spread, train_step
 
@@ -60,42 +60,60 @@ def train(
     begun = _begin(out, resume, start)
     with joined() as world, _interruption() as interrupted:
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
+        minutes_of = (save_minutes, validate_minutes, sheet_minutes)
         log_of = open_log(out, resume, tensorboard) if world.leads else nullcontext()
-        timers = [
-            _Timer(60 * each if each is not None and world.leads else math.inf)
-            for each in (save_minutes, validate_minutes, sheet_minutes)
-        ]
-        reports = _Timer(10 if world.leads else math.inf)
         with log_of as log:
-
-            def tell(value: float | None) -> None:
-                progress = training.progress(value)
-                if log is not None:
-                    report(progress)
-                    log.write(progress)
-
-            stop = False
-            while training.fraction() < 1:
-                due = [interrupted(), *(timer.due() for timer in timers)]
-                stop, save, validate, sheet = map(bool, world.largest(due))
-                if stop:
-                    break
-                training.advance()
-                value = training.validate() if validate else None
-                if sheet:
-                    training.draw()
-                if save:
-                    training.save()
-                if reports.due() or value is not None:
-                    tell(value)
-            training.save()
-            tell(training.validate())
-            if sheet_minutes is not None:
-                training.draw()
-            training.save()
-        if stop or interrupted():
+            stopped = _loop(training, minutes_of, interrupted, log, report)
+        target = training.target
+        del training  # before the processes part
+        if stopped:
             raise KeyboardInterrupt
-    return training.target
+    return target
+
+
+def _loop(
+    training: _Training,
+    minutes: tuple[float, float, float | None],
+    interrupted: Callable[[], bool],
+    log: Log | None,
+    report: Callable[[Progress], None],
+) -> bool:
+    """Train to the end of the budget; whether it was interrupted. Saved in either case.
+
+    ``minutes``: between saves, validations and sheets. Rank 0 alone has clocks and a log.
+    """
+    world = training.world
+    timers = [
+        _Timer(60 * each if each is not None and world.leads else math.inf) for each in minutes
+    ]
+    reports = _Timer(10 if world.leads else math.inf)
+
+    def tell(value: float | None) -> None:
+        progress = training.progress(value)
+        if log is not None:
+            report(progress)
+            log.write(progress)
+
+    stop = False
+    while training.fraction() < 1:
+        due = [interrupted(), *(timer.due() for timer in timers)]
+        stop, save, validate, sheet = map(bool, world.largest(due))
+        if stop:
+            break
+        training.advance()
+        value = training.validate() if validate else None
+        if sheet:
+            training.draw()
+        if save:
+            training.save()
+        if reports.due() or value is not None:
+            tell(value)
+    training.save()
+    tell(training.validate())
+    if minutes[2] is not None:
+        training.draw()
+    training.save()
+    return stop or interrupted()
 
 
 def _begin(out: Path, resume: bool, start: str | None) -> checkpoints.Checkpoint | None:

@@ -66,8 +66,8 @@ def train(
             stopped = _loop(training, minutes_of, interrupted, log, report)
         target = training.target
         del training  # before the processes part
-        if stopped:
-            raise KeyboardInterrupt
+    if stopped:
+        raise KeyboardInterrupt
     return target
 
 

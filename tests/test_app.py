@@ -204,6 +204,16 @@ def test_visitors_wait_in_line_and_are_told_so(narrow: House) -> None:
     assert narrow._lines["text", 1.0] == []
 
 
+def test_the_first_visitor_is_told_why_it_takes_long() -> None:
+    house = House()
+    assert "compiling the sampling loop" in house.status(Visit(), "text")
+    house.warm_up().join()
+    assert house.status(Visit(), "text") == "reading the prompt …"
+    gone = Visit()
+    gone.stop()
+    assert house.status(gone, "text") == "nothing was drawn"
+
+
 def test_a_line_that_is_too_long_turns_visitors_away(
     narrow: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

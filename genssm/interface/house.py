@@ -24,6 +24,9 @@ WAITING = 32  # visitors who wait for a place, on one model
 PATIENCE = 0.2  # seconds between two looks at the line
 LARGEST_SEED = 2**32 - 1  # that the box for it takes
 
+READING = "reading the prompt …"
+FIRST = "compiling the sampling loop, once on a machine: 10 to 20 seconds …"
+
 P = ParamSpec("P")
 Y = TypeVar("Y")
 T = TypeVar("T")
@@ -82,6 +85,7 @@ class House:
         self._schedulers: dict[tuple[str, float], Scheduler] = {}
         self._lines: dict[tuple[str, float], list[Visit]] = {}
         self._loading, self._lining = threading.Lock(), threading.Lock()
+        self._compiled = False  # whether anything was drawn; see FIRST
 
     def pipe(self, modality: str, rate: float = 1.0) -> Pipeline:
         """The model of "text", "image" or "audio"; sound at another rate, too."""
@@ -94,6 +98,17 @@ class House:
                 pipe = self.pipe(modality, rate)
                 self._schedulers[modality, rate] = Scheduler(pipe, limit=self.limit)
             return self._schedulers[modality, rate]
+
+    def warm_up(self) -> threading.Thread:
+        """Compile the sampling loop in the background, so that the first visitor waits less."""
+
+        def draw() -> None:
+            self.scheduler("text").submit(None, max_tokens=1, seed=0).run()
+            self._compiled = True
+
+        thread = threading.Thread(target=draw, name="genssm warm-up", daemon=True)
+        thread.start()
+        return thread
 
     def begin(
         self,
@@ -141,7 +156,9 @@ class House:
         samples = visit.samples()
         drawn = sum(len(s.tokens) for s in samples)
         if not drawn:
-            return "nothing was drawn" if visit.left else "reading the prompt …"
+            waiting = READING if self._compiled else FIRST
+            return "nothing was drawn" if visit.left else waiting
+        self._compiled = True
         pipe = self.pipe(modality, rate)
         parts = [f"seed {samples[0].seed}", f"{drawn:,} tokens", f"{speed(samples):,.0f} tokens/s"]
         if extra:

@@ -30,7 +30,7 @@ KEPT = 3600  # seconds that files for download are kept
 
 
 def build_page(house: House) -> gr.Blocks:
-    """The page over the models of a house; nothing is loaded for sampling yet."""
+    """The page over the models of a house."""
     with gr.Blocks(title="genssm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.HTML(HEADER, apply_default_css=False)
         with gr.Tab("Write", elem_id="tab-write"):
@@ -69,4 +69,6 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     Raises CheckpointError for a model that cannot be loaded, OSError for a port that is taken.
     """
-    launch(build_page(House(models)), port=port, share=share)
+    house = House(models)
+    house.warm_up()
+    launch(build_page(house), port=port, share=share)

@@ -504,17 +504,18 @@ def test_closing_the_page_frees_the_place(opened: Callable[..., Page], house: Ho
 def test_screenshots(opened: Callable[..., Page]) -> None:
     folder = Path(os.environ["GENSSM_SCREENSHOTS"])
     page = opened("Write")
-    unfold(page, "Settings")
-    page.fill("#write-seed input", "12")
+    choose_seed(page, "write", 12)
     page.click("#write-go")
     written(page)
     page.locator("#write-page .drawn").nth(60).hover()
     shoot(page, folder / "page-write.png")
     show(page, "Draw")
-    set_slider(page, "Pictures", 9)
+    choose_seed(page, "draw", 2)
+    set_slider(page, "Pictures", 16)
     finished(page, "draw")
     shoot(page, folder / "page-draw.png")
     show(page, "Speak")
+    choose_seed(page, "speak", 3)
     finished(page, "speak")
     expect(page.locator("#speak-page .bar button")).to_have_text("▶ Play", timeout=WAIT)
     shoot(page, folder / "page-speak.png")
@@ -529,6 +530,14 @@ def test_screenshots(opened: Callable[..., Page]) -> None:
     page.wait_for_selector("#fork-second .page:not(.growing) .drawn")
     page.wait_for_timeout(3000)
     shoot(page, folder / "page-inside.png", whole=True)
+
+
+def choose_seed(page: Page, tab: str, seed: int) -> None:
+    """Set the seed, and fold the settings away again."""
+    settings = page.get_by_role("tabpanel").get_by_role("button", name="Settings")
+    settings.locator("visible=true").click()
+    page.fill(f"#{tab}-seed input", str(seed))
+    settings.locator("visible=true").click()
 
 
 def shoot(page: Page, file: Path, whole: bool = False) -> None:

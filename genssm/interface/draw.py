@@ -126,7 +126,7 @@ class Drawer:
                 with gr.Accordion("Settings", open=False):
                     heat = gr.Slider(0, 1.5, 0.92, step=0.01, label="Temperature")
                     guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance (stresses the class)")
-                    with gr.Row():
+                    with gr.Row(elem_classes="seeds"):
                         seed = seed_box("draw-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):

@@ -176,7 +176,7 @@ class Speaker:
                         elem_classes="chips",
                         label=f"Output rate (model: {codec.rate / 1000:g} kHz)",
                     )
-                    with gr.Row():
+                    with gr.Row(elem_classes="seeds"):
                         seed = seed_box("speak-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):

@@ -107,7 +107,7 @@ class Writer:
                     heat = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")
                     top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
                     penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty")
-                    with gr.Row():
+                    with gr.Row(elem_classes="seeds"):
                         seed = seed_box("write-seed")
                         reuse = gr.Button("Use last seed", size="sm", min_width=100)
             with gr.Column(scale=3, min_width=320):

@@ -31,6 +31,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from genssm.interface import uploads  # noqa: E402
 from genssm.interface.house import House  # noqa: E402
 from genssm.interface.page import build_page, launch  # noqa: E402
+from genssm.scheduler import Job  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -156,21 +157,18 @@ def test_text_is_written_continued_and_repeated_by_its_seed(opened: Callable[...
     page.click("#write-go")
     first = written(page)
     assert first.startswith("The <b>river</b>")
-    assert "tokens/s" in ended(page, "write", "KiB, constant")
+    seed = ended(page, "write", "KiB, constant").split()[1]
     unfold(page, "Settings")
     page.get_by_role("button", name="Use last seed").click()
-    expect(page.locator("#write-seed input")).not_to_have_value("-1")
-    before = page.locator("#write-page .drawn").count()
+    expect(page.locator("#write-seed input")).to_have_value(seed)
     page.click("#write-more")
     page.wait_for_function(
-        "(before) => document.querySelectorAll('#write-page .drawn').length > before", arg=before
+        "(seed) => !document.querySelector('#write-status').innerText.includes(seed)", arg=seed
     )
+    ended(page, "write", "KiB, constant")
     assert written(page).startswith(first.rstrip())
     page.click("#write-go")
-    page.wait_for_function(
-        "(length) => document.querySelector('#write-page .page').innerText.length === length",
-        arg=len(first),
-    )
+    ended(page, "write", f"seed {seed}")
     assert written(page) == first
 
 
@@ -247,12 +245,21 @@ def test_pictures_are_drawn_downloaded_and_mapped(opened: Callable[..., Page]) -
     np.testing.assert_array_equal(canvases(page)[0], shown[0])
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of a picture takes a moment, so that there is time to press Stop."""
+    turn = Job._turn
+
+    def slower(job: Job) -> bool:
+        time.sleep(0.1)
+        return turn(job)
+
+    monkeypatch.setattr(Job, "_turn", slower)
+
+
+@pytest.mark.usefixtures("slow")
 def test_stopping_keeps_the_rows_that_are_there(opened: Callable[..., Page]) -> None:
-    """Guidance has no compiled loop, so that there is time to press Stop."""
     page = opened("Draw")
-    page.get_by_label("ship").check()
-    unfold(page, "Settings")
-    set_slider(page, "Guidance (stresses the class)", 1.5)
     set_slider(page, "Pictures", 1)
     page.click("#draw-go")
     ended(page, "draw", "tokens/s")
@@ -481,19 +488,16 @@ def test_curl_gets_text_and_sentences(site: str) -> None:
     assert str(Path(__file__).parent.parent) not in answer
 
 
+@pytest.mark.usefixtures("slow")
 def test_closing_the_page_frees_the_place(opened: Callable[..., Page], house: House) -> None:
     page = opened("Draw")
-    page.get_by_label("ship").check()
-    unfold(page, "Settings")
-    set_slider(page, "Guidance (stresses the class)", 1.5)
-    set_slider(page, "Pictures", 4)
     page.click("#draw-go")
     ended(page, "draw", "tokens/s")
     assert house.scheduler("image").busy == 1
+    began = time.monotonic()
     page.close()
-    deadline = time.monotonic() + 20
     while house.scheduler("image").busy:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < began + 10  # the pictures themselves would take longer
         time.sleep(0.1)
 
 

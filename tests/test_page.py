@@ -497,7 +497,7 @@ def test_closing_the_page_frees_the_place(opened: Callable[..., Page], house: Ho
     began = time.monotonic()
     page.close()
     while house.scheduler("image").busy:
-        assert time.monotonic() < began + 10  # the pictures themselves would take longer
+        assert time.monotonic() < began + 5  # the pictures themselves would take longer
         time.sleep(0.1)
 
 

@@ -151,8 +151,18 @@ class House:
             with self._lining:
                 line.remove(visit)
 
-    def status(self, visit: Visit, modality: str, rate: float = 1.0, extra: str = "") -> str:
-        """The line under what is made: seed, speed, the size of the state, the company."""
+    def status(
+        self,
+        visit: Visit,
+        modality: str,
+        rate: float = 1.0,
+        extra: str = "",
+        seed: int | None = None,
+    ) -> str:
+        """The line under what is made: seed, speed, the size of the state, the company.
+
+        ``seed``: from which the request's own follows, where it is one of several.
+        """
         samples = visit.samples()
         drawn = sum(len(s.tokens) for s in samples)
         if not drawn:
@@ -160,7 +170,8 @@ class House:
             return "nothing was drawn" if visit.left else waiting
         self._compiled = True
         pipe = self.pipe(modality, rate)
-        parts = [f"seed {samples[0].seed}", f"{drawn:,} tokens", f"{speed(samples):,.0f} tokens/s"]
+        chosen = samples[0].seed if seed is None else seed
+        parts = [f"seed {chosen}", f"{drawn:,} tokens", f"{speed(samples):,.0f} tokens/s"]
         if extra:
             parts.append(extra)
         size = pipe.recurrent.state_bytes() / 1024

@@ -120,7 +120,7 @@ class Speaker:
                 visit, "audio", prompt, rate=rate, seed=seed + i, **settings
             ):
                 yield None, growth.message() | {"play": False}, told, spoken
-            yield None, growth.message() | {"play": pace.live}, self._status(visit, rate), spoken
+            yield None, growth.message() | {"play": pace.live}, self._status(spoken), spoken
             if visit.job is None:
                 break
             for pieces in updates(visit.job):
@@ -129,21 +129,21 @@ class Speaker:
                 pace.drawn(sum(map(len, blocks)))
                 news = [packed_sound(block) for block in blocks]
                 message = growth.message(news) | {"play": pace.live}
-                yield None, message, self._status(visit, rate), spoken
+                yield None, message, self._status(spoken), spoken
             made += visit.samples()
         wave = np.concatenate(waves) if waves else np.zeros(0, np.float32)
         whole = growth.whole(play=None if spoken.visit.left else pace.live)  # None: in silence
         content = sound_file(pipe, wave, made, prompts) if made else None
-        yield content, whole, self._status(spoken.visit, rate), spoken
+        yield content, whole, self._status(spoken), spoken
 
-    def _status(self, visit: Visit, rate: float) -> str:
-        samples = visit.samples()
+    def _status(self, spoken: Spoken) -> str:
+        samples, rate = spoken.visit.samples(), spoken.rate
         extra = ""
         if samples and samples[0].tokens:
             hertz = self.codec(rate).rate
             factor = len(samples[0].tokens) / max(samples[0].seconds, 1e-9) / hertz
             extra = f"{hertz / 1000:g} kHz, {factor:.1f} × real time"
-        return self.house.status(visit, "audio", rate, extra)
+        return self.house.status(spoken.visit, "audio", rate, extra, spoken.seed)
 
     def build(self) -> gr.State:
         """The tab; returns what it holds of the visitor's last sound."""

@@ -391,6 +391,10 @@ def test_inside_shows_layers_views_race_state_and_fork(
     show(page, "Inside")
     for chart in ("kernels", "poles", "lives"):
         expect(page.locator(f"#{chart}-chart svg")).to_be_visible(timeout=WAIT)
+    page.get_by_label("Sound").check()
+    expect(page.locator("#lives-chart .span")).to_have_count(12, timeout=WAIT)  # its layers
+    page.get_by_label("Text", exact=True).check()
+    expect(page.locator("#lives-chart .span")).to_have_count(6, timeout=WAIT)
     page.click("#compare-go")
     told = ended(page, "compare", "of what was just made")
     page.wait_for_function(

@@ -156,7 +156,9 @@ def sample(
     ] = "bf16",
     guidance: Annotated[
         float | None,
-        typer.Option(help="Over 1 stresses the class: any + w (class - any), in logits."),
+        typer.Option(
+            help="Over 1 stresses the class: any + w (class - any), in logits (sound 2, else 1)."
+        ),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Draw so many for each sample, keep the best.")

@@ -23,7 +23,7 @@ from genssm.engine import CompiledGeneration, Drawn, Generation, Reading, Snapsh
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.recipe import MOST_TOKENS, Recipe, RecipeError
-from genssm.request import Plan, Request, Settings
+from genssm.request import GUIDANCE, Plan, Request, Settings
 from genssm.sampling import new_seed
 from genssm.stepper import EXACT, WEIGHTS, CompiledModel, choose, describe
 
@@ -336,13 +336,19 @@ class Pipeline:
             stop=request.stop,
             seed=new_seed() if request.seed is None else request.seed,
             indices=tuple(range(first, first + count)),
-            guidance=float(request.guidance),
+            guidance=self._guidance(tokens, request, state),
             state=None if state is None else states.fingerprint(state),
         )
         self._check(plan)
         if request.rank_by == "class":
             self._class_of(plan)
         return plan
+
+    def _guidance(self, tokens: Tensor, request: Request, state: Reading | None) -> float:
+        if request.guidance is not None:
+            return float(request.guidance)
+        labelled = state is None and int(tokens[0]) != self.codec.boundary
+        return GUIDANCE[self.modality] if labelled else 1.0
 
     def _class_of(self, plan: Plan) -> int:
         """The index among ``codec.classes`` of the class that a plan asks for, alone or a part."""
@@ -374,7 +380,8 @@ class Pipeline:
     ) -> Reading:
         """Read a prompt once, in parallel; ``sample(state=…)`` goes on from there, often.
 
-        Continuing a state equals having given the whole text, picture or sound as the prompt.
+        Continuing a state equals having given the whole text, picture or sound as the prompt, with
+        ``guidance=1``: what is guided reads without its class, too.
         """
         return read(self.recurrent, self.prompt_tokens(prompt, label=label, keep_rows=keep_rows))
 

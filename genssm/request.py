@@ -12,8 +12,9 @@ from genssm.settings import check_types
 DEFAULTS = {
     "text": SamplingConfig(temperature=0.8, top_p=0.95),
     "image": SamplingConfig(temperature=0.92),  # at 1, errors add up: noisier than the data
-    "audio": SamplingConfig(temperature=0.95),
+    "audio": SamplingConfig(temperature=0.9),
 }
+GUIDANCE = {"text": 1.0, "image": 1.0, "audio": 2.0}  # by the class, where one is asked for
 MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
 CRITERIA = ("bits", "class")  # by which ranking chooses
 
@@ -33,7 +34,7 @@ class Settings(TypedDict, total=False):
     repetition_penalty: float | None
     stop: tuple[str, ...] | list[str]
     seed: int | None
-    guidance: float
+    guidance: float | None
     rank: int
     rank_by: str
     trim: float
@@ -55,7 +56,7 @@ class Request:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()  # strings before which a text ends
     seed: int | None = None  # a fresh one
-    guidance: float = 1.0  # logits are any + guidance·(class - any); 1 is the model itself
+    guidance: float | None = None  # logits are any + guidance·(class - any); 1 is the model itself
     rank: int = 1  # draw so many for each sample and keep the best of them
     rank_by: str = "bits"  # best: fewest bits per token, or "class": most surely of its class
     trim: float = 0.0  # by bits, pass over this part of the likeliest (silence, say)
@@ -72,7 +73,7 @@ class Request:
             raise ValueError("a stop string must not be empty")
         if self.seed is not None:
             check_seed(self.seed)
-        check_guidance(self.guidance)
+        check_guidance(1.0 if self.guidance is None else self.guidance)
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0 <= self.trim < 1:

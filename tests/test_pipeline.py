@@ -18,7 +18,7 @@ from genssm.engine import read
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
 from genssm.recipe import parse
-from genssm.request import Request
+from genssm.request import GUIDANCE, Request
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 MODALITIES = ("text", "image", "audio")
@@ -304,10 +304,18 @@ def test_guidance_spans_from_any_to_the_class(pipes: dict[str, Pipeline], modali
     def drawn(prompt: str, **settings: float) -> list[list[int]]:
         return tokens_of(pipe.sample(prompt, count=3, max_tokens=25, seed=7, **settings))  # type: ignore[arg-type]
 
-    own = drawn(label)
-    assert drawn(label, guidance=1.0) == own
+    own = drawn(label, guidance=1.0)
+    assert drawn(label) == drawn(label, guidance=GUIDANCE[modality])
     assert drawn(label, guidance=0.0) == drawn("any") != own
     assert drawn(label, guidance=0.9999999) == own  # by two streams
+
+
+def test_what_has_no_class_is_not_guided(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["audio"]
+    assert pipe.plan("any").guidance == pipe.plan().guidance == 1
+    label = pipe.codec.labels[0]
+    assert pipe.plan(label).guidance == GUIDANCE["audio"] != 1
+    assert pipe.plan(state=pipe.read(label)).guidance == 1
 
 
 def test_guidance_moves_the_logits_by_the_difference(pipes: dict[str, Pipeline]) -> None:

@@ -74,7 +74,7 @@ def test_another_process_continues_token_for_token(pipe: Pipeline, tmp_path: Pat
         check=True,
         cwd=Path(__file__).parents[1],
     ).stdout
-    expected = stored.sample("two", count=2, max_tokens=40, seed=4)
+    expected = stored.sample("two", guidance=1.0, count=2, max_tokens=40, seed=4)
     assert restarted == f"{[s.tokens for s in expected]}\n"
 
 

@@ -57,7 +57,7 @@ class Speaker:
         words: str = "407",
         speaker: str = ANY,
         seconds: float = 1.5,
-        temperature: float = 0.95,
+        temperature: float = 0.9,
         output_rate: str = "× 1",
         upload: str | None = None,
         seed: float | None = -1,
@@ -169,7 +169,7 @@ class Speaker:
                                      height=165, elem_id="speak-upload")  # fmt: skip
                 with gr.Accordion("Settings", open=False):
                     seconds = gr.Slider(0.1, SECONDS, 1.5, step=0.1, label="Longest, in seconds")
-                    heat = gr.Slider(0, 1.5, 0.95, step=0.01, label="Temperature")
+                    heat = gr.Slider(0, 1.5, 0.9, step=0.01, label="Temperature")
                     rate = gr.Radio(
                         list(RATES),
                         value="× 1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,9 @@ class Generation:
         if self._pending is not None:
             self._pending = self._pending[rows]
 
+    def present(self) -> None:
+        """Nothing: the token drawn last is read with the next step; see ``snapshot``."""
+
     def snapshot(self) -> Snapshot:
         """What the model remembers of every active sample, without the token drawn last."""
         rows = torch.arange(len(self.active))
@@ -180,11 +184,15 @@ class CompiledGeneration:
         indices: Sequence[int],
         guide: Reading | None = None,
         guidance: float = 1.0,
+        limit: int = sys.maxsize,
         snapshots: bool = False,
     ) -> None:
-        """``guide``, ``guidance``: as of ``Generation``; ``snapshots``: keep what they need."""
+        """``guide``, ``guidance``: as of ``Generation``; ``snapshots``: keep what they need.
+
+        ``limit``: steps after which no more will be asked for.
+        """
         self.model, self.config, self.guidance = model, config, guidance
-        self._snapshots = snapshots
+        self._left, self._snapshots = limit, snapshots
         self.active = list(range(len(indices)))
         self._streams = [RandomStream(seed, i) for i in indices]
         logits, state = _streams_of(start, guide)
@@ -221,7 +229,7 @@ class CompiledGeneration:
         size, period = self._size, self.model.config.period
         if size >= period:
             size -= (self._position + size) % period
-        return self._position % period, size
+        return self._position % period, min(size, self._left)
 
     @property
     def rows(self) -> int:
@@ -261,6 +269,7 @@ class CompiledGeneration:
         """The next steps of all samples: tokens and bits of each part."""
         size = blocks[0][0].shape[1]
         self._position, self._size = self._position + size, min(2 * self._size, BLOCK)
+        self._left -= size
         if not all(np.isfinite(bits).all() for _, bits in blocks):
             self._error = NotFiniteError(self.model.model)
         parts = zip(self._parts, blocks, strict=True)
@@ -282,6 +291,13 @@ class CompiledGeneration:
         """What the model remembered of every sample when the block in hand began."""
         assert self._begun is not None, "begun without snapshots, or not yet stepped"
         return self._begun
+
+    def present(self) -> Snapshot | None:
+        """What the model remembers of the samples of the last block, all of its tokens included.
+
+        None while tokens of the block are still to be handed out.
+        """
+        return None if self._ahead else self._joined(self._parts)
 
     def _joined(self, parts: list[_Part]) -> Snapshot:
         own = [torch.arange(len(part.held)) for part in parts]  # without guides
@@ -380,13 +396,14 @@ def begin(
     indices: Sequence[int],
     guide: Reading | None = None,
     guidance: float = 1.0,
+    limit: int = sys.maxsize,
     snapshots: bool = False,
 ) -> Generation | CompiledGeneration:
-    """Samples that go on from ``start``, by the loop that fits the model."""
+    """At most ``limit`` steps that go on from ``start``, by the loop that fits the model."""
     if isinstance(model, CompiledModel):
         return CompiledGeneration(
             model, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance,
-            snapshots=snapshots,
+            limit=limit, snapshots=snapshots,
         )  # fmt: skip
     return Generation(
         model, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance

@@ -104,6 +104,7 @@ class Session:
             indices=plan.indices,
             guide=guide,
             guidance=plan.guidance,
+            limit=plan.max_tokens,
             snapshots=snapshot_every > 0,
         )
         if plan.max_tokens == 0:
@@ -190,8 +191,9 @@ class Session:
         """What the model remembers of a sample after its first ``position`` drawn tokens (all).
 
         Rewinding: ``pipe.start(state=session.reading(0, 100))`` goes on from there. Tokens since
-        the nearest snapshot are read again, in parallel. A token that ends the sample does not
-        count; those of a stop string do.
+        the nearest snapshot are read again, in parallel; with snapshots, none are after the last
+        step of a compiled model, whose own state is handed out. A token that ends the sample does
+        not count; those of a stop string do.
         """
         drawn = self.tokens[sample]
         if drawn and drawn[-1] == self.codec.boundary:
@@ -199,8 +201,10 @@ class Session:
         if position is not None and not 0 <= position <= len(drawn):
             raise ValueError(f"the position must lie in 0 … {len(drawn)}, got {position}")
         tokens = torch.tensor([*self.plan.tokens, *drawn[:position]])
-        nearest = self._start
-        for snapshot in self._snapshots:
+        nearest, snapshots = self._start, list(self._snapshots)
+        if self._snapshot_every and (present := self._generation.present()) is not None:
+            snapshots.append(present)
+        for snapshot in snapshots:
             if sample in snapshot.samples and int(snapshot.state.position) <= len(tokens):
                 nearest = snapshot.reading(sample, tokens)
         return read(self._model, tokens[len(nearest.tokens) :], nearest)

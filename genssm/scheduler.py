@@ -28,9 +28,12 @@ class Job:
     Whoever stops iterating leaves: the job is cancelled, and what was drawn is kept.
     """
 
-    def __init__(self, pipe: Pipeline, plan: Plan, state: Reading | None, until: float) -> None:
+    def __init__(
+        self, pipe: Pipeline, plan: Plan, state: Reading | None, until: float, snapshot_every: int
+    ) -> None:
         self.plan = plan
         self._pipe, self._state, self._until = pipe, state, until
+        self._snapshot_every = snapshot_every
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[tuple[int, Raw] | None] = queue.SimpleQueue()
         self._session: Session | None = None
@@ -82,7 +85,7 @@ class Job:
         if self._cancelled.is_set() or time.monotonic() > self._until:
             return False
         if self._session is None:
-            self._session = next(self._pipe.batches(self.plan, self._state))
+            self._session = next(self._pipe.batches(self.plan, self._state, self._snapshot_every))
         else:
             for piece in self._session.ready():
                 self._pieces.put(piece)
@@ -129,18 +132,21 @@ class Scheduler:
         *,
         state: Reading | None = None,
         seconds: float = 3600.0,
+        snapshot_every: int = 0,
         **settings: Unpack[Settings],
     ) -> Job:
         """Begin a request; the arguments are those of ``Pipeline.sample``.
 
-        After ``seconds`` it ends with what it has. Raises ValueError for a prompt or setting that
-        does not fit, and BusyError when too many requests are under way.
+        After ``seconds`` it ends with what it has. ``snapshot_every``: as of ``Pipeline.start``;
+        with it, ``Job.reading`` hands out the state itself and reads nothing again. Raises
+        ValueError for a prompt or setting that does not fit, and BusyError when too many requests
+        are under way.
         """
         request = Request(**settings)  # type: ignore[arg-type]
         plan = self.pipe.plan(prompt, request, state)
         if len(plan.indices) > LARGEST_BATCH or request.rank > 1:
             raise ValueError(f"one request makes at most {LARGEST_BATCH} samples, without rank")
-        job = Job(self.pipe, plan, state, time.monotonic() + seconds)
+        job = Job(self.pipe, plan, state, time.monotonic() + seconds, snapshot_every)
         with self._lock:
             if self._jobs >= self.limit:
                 raise BusyError(

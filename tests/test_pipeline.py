@@ -19,6 +19,7 @@ from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
 from genssm.recipe import parse
 from genssm.request import GUIDANCE, Request
+from genssm.stepper import CompiledModel
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 MODALITIES = ("text", "image", "audio")
@@ -211,6 +212,20 @@ def test_rewinding_equals_reading_again(
             assert tokens_of(continued) == tokens_of(pipe.sample(state=again, max_tokens=5, seed=1))
     with pytest.raises(ValueError, match="the position must lie in"):
         session.reading(0, 31)
+
+
+def test_the_last_state_is_handed_out_and_not_read_again(
+    pipes: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipes["text"]
+    stepper = pipe.stepper
+    assert isinstance(stepper, CompiledModel)
+    whole = pipe.sample("The", max_tokens=55, temperature=0.0)[0].tokens
+    session = pipe.start("The", max_tokens=50, temperature=0.0, snapshot_every=1000)
+    session.run()
+    monkeypatch.delattr(type(stepper), "read")
+    state = session.reading()
+    assert pipe.sample(state=state, max_tokens=5, temperature=0.0)[0].tokens == whole[50:]
 
 
 def test_rank_keeps_the_fewest_bits_per_token(pipes: dict[str, Pipeline]) -> None:

@@ -44,4 +44,5 @@ def packed(array: np.ndarray) -> str:
 
 def packed_sound(wave: np.ndarray) -> str:
     """float32 (samples,) on [-1, 1] as int16, little-endian, in base64."""
-    return packed(np.round(np.clip(wave, -1, 1) * 32767).astype("<i2"))
+    whole = np.clip(np.round(wave * 32768), -32768, 32767)  # as it is divided in the browser
+    return packed(whole.astype("<i2"))

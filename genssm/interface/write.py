@@ -62,7 +62,7 @@ class Writer:
         top_p: float = 0.95,
         repetition_penalty: float = 1.0,
     ) -> Iterator[Update]:
-        """Continue the last text from the model's state; its prompt is not read again."""
+        """Continue the last text from the model's state; nothing is read again."""
         if before is None or before.visit.job is None or not before.visit.samples():
             raise ValueError("there is nothing to continue yet; generate a text first")
         settings = _settings(tokens, temperature, top_p, repetition_penalty)
@@ -79,6 +79,7 @@ class Writer:
             message = growth.message(news)
             return _joined(growth.items), message, status, written
 
+        settings["snapshot_every"] = TOKENS  # so that what goes on reads nothing again
         for told in self.house.begin(visit, "text", prompt, **settings):
             yield update([], told)
         yield update([], self.house.status(visit, "text"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from genssm import checkpoint as checkpoints
 from genssm.distributed import World, joined
+from genssm.engine import torch_threads
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
 from genssm.training_state import exists
@@ -62,7 +63,10 @@ def losses_of(
             os.kill(os.getpid(), 15)  # rank 0 is told to end, and so all do
 
     try:
-        train(recipe, root / "data", root / name, validate_minutes=0, resume=resume, report=report)
+        with torch_threads(1):  # as torchrun gives each process; more add in another order
+            train(
+                recipe, root / "data", root / name, validate_minutes=0, resume=resume, report=report
+            )
     except KeyboardInterrupt:
         assert steps < STEPS
     return [[r.step, r.loss, r.validation] for r in reports]

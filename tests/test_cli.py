@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from genssm.checkpoint import Checkpoint, save
 from genssm.cli import app
-from genssm.codec import Image
+from genssm.codec import Codec, Image
 from genssm.model import SequenceModel
 
 COMMAND = [sys.executable, "-m", "genssm.cli"]
@@ -400,9 +401,16 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     )
 
 
-def test_ctrl_c_ends_text_with_what_there_is(folders, tmp_path) -> None:
+def test_ctrl_c_ends_text_with_what_there_is(
+    make_model: Callable[..., SequenceModel], codecs: dict[str, Codec], tmp_path: Path
+) -> None:
+    codec = codecs["text"]
+    model = make_model("isotropic", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs)
+    with torch.no_grad():
+        model.head.linear.bias[codec.boundary] = -1e4  # its text does not end by itself
+    save(Checkpoint(model, codec), tmp_path / "endless")
     process = start(
-        "sample", "-m", folders["text"], "-p", "The", "--max-tokens", "10000000", cwd=tmp_path
+        "sample", "-m", "endless", "-p", "The", "--max-tokens", "10000000", cwd=tmp_path
     )
     assert process.stdout is not None
     assert process.stdout.read(20).startswith(b"The")

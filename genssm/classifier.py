@@ -152,20 +152,13 @@ def _labelled(model: Classifier, examples: Iterable[Example]) -> tuple[list[Raw]
     """Raw data as a model would make it (sound in mu-law), and the numbers of their classes."""
     codec, raws, targets = model.codec, [], []
     for example in examples:
-        label = class_of(codec, example.label)
+        label = codec.class_of(example.label)
         if label is not None:
             raws.append(codec.decode(codec.encode(example.raw)))
             targets.append(model.classes.index(label))
     if not raws:
         raise ValueError(f"no example has one of the classes {', '.join(model.classes)}")
     return raws, torch.tensor(targets)
-
-
-def class_of(codec: Codec, label: str | None) -> str | None:
-    """The whole class that a label is, or is a part of."""
-    while label is not None and label not in codec.classes:
-        label = codec.broader(label)
-    return label
 
 
 def _vary(raw: Raw, codec: Codec, flip: bool, random: np.random.Generator) -> Raw:

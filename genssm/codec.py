@@ -44,6 +44,17 @@ class Codec(ABC):
                 return label
         return None
 
+    def class_of(self, label: str | None) -> str | None:
+        """The whole class that a label is, or is a part of; None if it is neither."""
+        while label is not None and label not in self.classes:
+            label = self.broader(label)
+        return label
+
+    def label_of(self, start: int) -> str | None:
+        """The label of a start token; None for the boundary."""
+        i = start - (self.vocab_size - len(self.labels))
+        return self.labels[i] if i >= 0 else None
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The labels that are no part of another."""

@@ -356,14 +356,10 @@ class Pipeline:
 
     def _class_of(self, plan: Plan) -> int:
         """The index among ``codec.classes`` of the class that a plan asks for, alone or a part."""
-        codec = self.codec
-        i = plan.tokens[0] - codec.start(codec.labels[0]) if codec.labels else -1
-        if i < 0:
+        label = self.codec.class_of(self.codec.label_of(plan.tokens[0]))
+        if label is None:
             raise ValueError("to rank by class needs a class: give its name as prompt or label")
-        label = codec.labels[i]
-        while (broader := codec.broader(label)) is not None:
-            label = broader
-        return codec.classes.index(label)
+        return self.codec.classes.index(label)
 
     def _check(self, plan: Plan) -> None:
         """Raise ValueError unless the plan is one for this model."""

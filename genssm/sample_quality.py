@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genssm.classifier import Classifier, class_of, load_classifier
+from genssm.classifier import Classifier, load_classifier
 from genssm.codec import Audio, Codec, Image
 from genssm.data import Example, find_split, read_examples
 from genssm.pipeline import Pipeline, Sample
@@ -42,7 +42,7 @@ class Judged:
 def judge(classifier: Classifier, examples: Sequence[Example]) -> Judged:
     """Let a classifier look at examples."""
     features, probabilities = classifier.judge([e.raw for e in examples])
-    names = [class_of(classifier.codec, e.label) for e in examples]
+    names = [classifier.codec.class_of(e.label) for e in examples]
     labels = [-1 if name is None else classifier.classes.index(name) for name in names]
     return Judged(features, probabilities, torch.tensor(labels))
 
@@ -201,7 +201,7 @@ def evaluate_samples(
         raise ValueError(f"the classifier {str(classifier)!r} is for other data than this model")
     train, held_out = _reference(data, pipe.codec)
     samples = draw(pipe, count, settings, note)
-    examples = [Example(s.raw, _label(pipe.codec, s.plan.tokens[0])) for s in samples]
+    examples = [Example(s.raw, pipe.codec.label_of(s.plan.tokens[0])) for s in samples]
     facts |= measure(examples, judging, train, held_out)
     if pipe.codec.classes:
         facts = {"value": facts["recognised"], "unit": "recognised", **facts}
@@ -226,18 +226,13 @@ def _fits(judging: Codec, codec: Codec) -> bool:
     return isinstance(judging, Image) and isinstance(codec, Image) and judging.shape == codec.shape
 
 
-def _label(codec: Codec, start: int) -> str | None:
-    first = codec.vocab_size - len(codec.labels)
-    return codec.labels[start - first] if start >= first else None
-
-
 def classification_accuracy(
     pipe: Pipeline, examples: Iterable[Example], limit: int | None = None
 ) -> dict[str, object]:
     """How often the class of greatest likelihood is the right one, "value" of "examples"."""
     right = total = 0
     for example in islice(examples, limit):
-        label = class_of(pipe.codec, example.label)
+        label = pipe.codec.class_of(example.label)
         if label is not None:
             p = pipe.classify(example.raw)
             right, total = right + (max(p, key=p.__getitem__) == label), total + 1

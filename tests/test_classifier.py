@@ -11,7 +11,6 @@ from genssm import classifier
 from genssm.classifier import (
     FEATURES,
     Classifier,
-    class_of,
     load_classifier,
     save_classifier,
     train_classifier,
@@ -72,7 +71,7 @@ def test_it_judges_a_sound_alone_and_among_others():
 
 
 def test_parts_of_a_class_count_as_the_class():
-    assert [class_of(AUDIO, name) for name in ("low_anna", "low", None, "any")] == [
+    assert [AUDIO.class_of(name) for name in ("low_anna", "low", None, "any")] == [
         "low", "low", None, None
     ]  # fmt: skip
 

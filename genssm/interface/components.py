@@ -49,6 +49,12 @@ def seed_box(elem_id: str) -> gr.Number:
     )  # fmt: skip
 
 
+def seed_row(elem_id: str) -> tuple[gr.Number, gr.Button]:
+    """The box for a seed and, beside it, the button that fills in the last one."""
+    with gr.Row(elem_classes="seeds"):
+        return seed_box(elem_id), gr.Button("Use last seed", size="sm", min_width=100)
+
+
 def kept(name: str, content: bytes) -> str:
     """A file to download, in Gradio's temporary folder, which is emptied now and then."""
     return save_bytes_to_cache(content, name, get_upload_folder())

@@ -14,7 +14,7 @@ import numpy as np
 from genssm import files, notes
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
-from genssm.interface.components import kept, live, seed_box, status_line
+from genssm.interface.components import kept, live, seed_row, status_line
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, polite, polite_answer, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
@@ -126,9 +126,7 @@ class Drawer:
                 with gr.Accordion("Settings", open=False):
                     heat = gr.Slider(0, 1.5, 0.92, step=0.01, label="Temperature")
                     guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance (stresses the class)")
-                    with gr.Row(elem_classes="seeds"):
-                        seed = seed_box("draw-seed")
-                        reuse = gr.Button("Use last seed", size="sm", min_width=100)
+                    seed, reuse = seed_row("draw-seed")
             with gr.Column(scale=3, min_width=320):
                 page = live("pictures", label="Rows of pixels", elem_id="draw-page")
                 status = status_line("draw-status")

@@ -15,7 +15,7 @@ import numpy as np
 from genssm import files, notes
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
-from genssm.interface.components import kept, live, seed_box, status_line
+from genssm.interface.components import kept, live, seed_row, status_line
 from genssm.interface.growth import Growth, packed_sound
 from genssm.interface.house import House, Visit, chosen_seed, polite, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
@@ -176,9 +176,7 @@ class Speaker:
                         elem_classes="chips",
                         label=f"Output rate (model: {codec.rate / 1000:g} kHz)",
                     )
-                    with gr.Row(elem_classes="seeds"):
-                        seed = seed_box("speak-seed")
-                        reuse = gr.Button("Use last seed", size="sm", min_width=100)
+                    seed, reuse = seed_row("speak-seed")
             with gr.Column(scale=3, min_width=320):
                 page = live("sound", label="Blocks of sound", elem_id="speak-page")
                 status = status_line("speak-status")

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from genssm.codec import Decoder
-from genssm.interface.components import live, seed_box, status_line
+from genssm.interface.components import live, seed_row, status_line
 from genssm.interface.growth import Growth
 from genssm.interface.house import House, Visit, polite, stop, updates, within
 
@@ -108,9 +108,7 @@ class Writer:
                     heat = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")
                     top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
                     penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty")
-                    with gr.Row(elem_classes="seeds"):
-                        seed = seed_box("write-seed")
-                        reuse = gr.Button("Use last seed", size="sm", min_width=100)
+                    seed, reuse = seed_row("write-seed")
             with gr.Column(scale=3, min_width=320):
                 page = live("tokens", label="Pieces with bits", elem_id="write-page")
                 text = gr.Textbox(label="Text", visible=False)

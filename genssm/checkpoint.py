@@ -25,6 +25,7 @@ from genssm.codec import Codec, Text, codec_from_config
 from genssm.model import ModelConfig, SequenceModel
 
 FORMAT_VERSION = 1
+LATER_SETTINGS = {"token_taps"}  # what older checkpoints do not set, and did without
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def load(name: str | Path) -> Checkpoint:
     try:
         codec = codec_from_config(config["codec"], folder)
         known = {f.name for f in fields(ModelConfig)}
-        check(set(config["model"]) == known, f"must set exactly {', '.join(sorted(known))}")
+        exact = set(config["model"]) | LATER_SETTINGS == known
+        check(exact, f"must set exactly {', '.join(sorted(known))}")
         model = SequenceModel(ModelConfig(**config["model"]))
         tensors = load_file(folder / "model.safetensors")
     except CheckpointError:

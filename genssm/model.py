@@ -44,6 +44,7 @@ class ModelConfig:
     dropout: float = 0.0
     head: str = "softmax"  # a key of HEADS
     taps: tuple[int, ...] = ()  # earlier values read as numbers: k is the value k before the target
+    token_taps: tuple[int, ...] = ()  # earlier tokens with their own embeddings, counted likewise
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
     conditioned: bool = False  # the first token, a class label, is also added at every position
 
@@ -67,7 +68,7 @@ class ModelConfig:
             (0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max"),
             (self.expand >= 1, "expand >= 1"),
             (0 <= self.dropout < 1, "0 <= dropout < 1"),
-            (all(k >= 1 for k in self.taps), "every tap >= 1"),
+            (all(k >= 1 for k in (*self.taps, *self.token_taps)), "every tap >= 1"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
         ]
@@ -246,15 +247,19 @@ class PhasedLinear(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Tokens to features: token embedding, earlier values as numbers, position in an image."""
+    """Tokens to features: embeddings, earlier values as numbers, position in an image."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d_model = config.d_model[0]
         self.config = config
-        self.reach = max(config.taps, default=1) - 1  # tokens before the current one that are read
+        # Tokens before the current one that are read.
+        self.reach = max((*config.taps, *config.token_taps), default=1) - 1
         self.embedding = nn.Embedding(config.vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=0.5)
+        self.token_taps = nn.ParameterList(
+            nn.Parameter(torch.zeros(config.vocab_size, d_model)) for _ in config.token_taps
+        )
         self.taps = (
             PhasedLinear(len(config.taps), d_model, config.channels) if config.taps else None
         )
@@ -295,10 +300,14 @@ class Inputs(nn.Module):
         if self.condition is not None:
             assert first is not None
             x = x + self.condition(first.clamp(min=0))  # NOTHING, while nothing is read
+        last = self.reach + 1
+        for k, table in zip(self.config.token_taps, self.token_taps, strict=True):
+            earlier = window[:, last - k : last - k + length]
+            rows = F.embedding(earlier.clamp(min=0), table)
+            x = x + rows.masked_fill((earlier == NOTHING)[..., None], 0.0)
         prediction = None
         if self.taps is not None:
             values = self.values(window)
-            last = self.reach + 1
             columns = [values[:, last - k : last - k + length] for k in self.config.taps]
             tapped = torch.stack(columns, -1)  # (B, L, taps)
             x = x + self.taps(tapped, position)

@@ -113,16 +113,22 @@ def _validation_examples(
     return chosen
 
 
+_ADDED_INPUTS = ("inputs.condition.", "inputs.token_taps.", "inputs.taps.")
+
+
 def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
     """Load the weights of ``start`` into a model of its shape.
 
-    Labels that it does not know begin as the class they are a part of, or else as "any"; a class
-    that is to be added at every position, where it was not, begins with nothing.
+    Labels that it does not know begin as the class they are a part of, or else as "any". Inputs
+    that it does not have begin with nothing: a class that is added at every position, taps.
     """
     weights, own = dict(start.model.state_dict()), model.state_dict()
     condition = "inputs.condition.weight"
-    if condition in own and condition not in weights:
-        weights[condition] = torch.zeros_like(weights["inputs.embedding.weight"])
+    weights |= {
+        name: torch.zeros_like(parameter)
+        for name, parameter in own.items()
+        if name.startswith(_ADDED_INPUTS) and name not in weights
+    }
     if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
         ids = [
             *range(codec.vocab_size - len(codec.labels)),

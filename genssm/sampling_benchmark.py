@@ -219,7 +219,7 @@ def bytes_per_step(
     row a sample is read, of a pool's inner stack all, but only every ``stride`` steps.
     """
     inputs = model.inputs
-    tables = [inputs.embedding.weight, *inputs.positions]
+    tables = [inputs.embedding.weight, *inputs.token_taps, *inputs.positions]
     if inputs.condition is not None:
         tables.append(inputs.condition.weight)
     total = 4.0 * batch * sum(table.shape[1] for table in tables)

@@ -29,9 +29,9 @@ FP32, BF16, INT8, DIGITS = 0, 1, 2, 3
 PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
 
 # Operations, and the columns of the program that hold their arguments.
-EMBED, CONDITION, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
+EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
 SILU, GATE, ADD, POOL, LOGISTICS = range(8, 13)
-SERIAL = (EMBED, CONDITION, TAPS, POSITION, LOGISTICS)  # one thread does them, all share the others
+SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS)  # one thread does them, all share the others
 TEAM = 4  # threads that may step one batch together
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
@@ -828,13 +828,15 @@ def embed(tokens, t, reads, history, kept, positions, work, target, width, const
 
 
 @njit(**_OPTIONS)
-def add_condition(history, work, target, width, constants, table):
-    """Add the embedding of the first token."""
+def add_token(history, column, work, target, width, constants, table):
+    """Add an embedding of the token in a column of the history, if there is one yet."""
     for row in range(history.shape[0]):
-        first = table + history[row, 0] * width
+        token = history[row, column]
+        if token < 0:
+            continue
         for i in range(0, width, LANES):
-            x = add(load(work, target + row * width + i), load(constants, first + i))
-            store(work, target + row * width + i, x)
+            entry = load(constants, table + token * width + i)
+            store(work, target + row * width + i, add(load(work, target + row * width + i), entry))
 
 
 @njit(**_OPTIONS)
@@ -871,8 +873,8 @@ def serially(
     batch = history.shape[0]
     if code == EMBED:  # size: columns of the history that hold the first token
         embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
-    elif code == CONDITION:
-        add_condition(history, work, y, width, constants, table)
+    elif code == TOKEN:  # size: the column of the history
+        add_token(history, size, work, y, width, constants, table)
     elif code == TAPS:  # source: the prediction; size: phases
         phase = (positions[0] + t) % size
         gather_taps(work, y, width, history, taps, x, constants, table, phase)

@@ -343,9 +343,14 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     padding = [(0, 0), (0, width - table.shape[1])]
     kept = int(model.config.conditioned)
     program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)), size=kept)
+    last = kept + inputs.reach + 1  # columns of the history
+    columns = (last - k for k in model.config.token_taps)
+    added = list(zip(columns, inputs.token_taps, strict=True))
     if inputs.condition is not None:
-        added = program.constant(np.pad(_numpy(inputs.condition.weight), padding))
-        program.emit(simd.CONDITION, 0, x, width, added)
+        added.append((0, inputs.condition.weight))
+    for column, table in added:
+        place = program.constant(np.pad(_numpy(table), padding))
+        program.emit(simd.TOKEN, 0, x, width, place, size=column)
     prediction = program.reserve(32)
     if inputs.taps is not None:
         phases, _, n_taps = inputs.taps.weight.shape

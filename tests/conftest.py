@@ -27,10 +27,16 @@ DOCUMENTS = (
     "مرحبا بالعالم 😀 😂\n\tdef f(x):\r\n\t\treturn x\n" * 4,
 )
 
-# Small models that between them use every part: no pool, pools, the logistic head with taps and
-# image positions.
+# Small models that between them use every part: taps of tokens without a pool, pools, the logistic
+# head with taps and image positions.
 MODELS: dict[str, dict[str, Any]] = {
-    "isotropic": {"vocab_size": 23, "n_outputs": 20, "d_model": (12,), "n_layers": (2,)},
+    "isotropic": {
+        "vocab_size": 23,
+        "n_outputs": 20,
+        "d_model": (12,),
+        "n_layers": (2,),
+        "token_taps": (2, 4),
+    },
     "pooled": {
         "vocab_size": 23,
         "n_outputs": 20,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from genssm.conversion import to_recurrent
 from genssm.layers import StateSpace
 from genssm.model import (
+    NOTHING,
     Inputs,
     Linear,
     Logistics,
@@ -482,6 +483,7 @@ def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_mode
         ({"expand": 0}, "expand >= 1"),
         ({"dropout": 1.0}, "dropout < 1"),
         ({"taps": (1, 0)}, "every tap >= 1"),
+        ({"token_taps": (0,)}, "every tap >= 1"),
         ({"head": "logistics"}, "the logistics head needs taps"),
         ({"image_shape": (4, 4)}, "image_shape"),
         ({"image_shape": (4, 4, 0)}, "image_shape"),
@@ -540,11 +542,27 @@ def test_a_conditioned_model_reads_its_label_at_every_position(make_model: MakeM
 
 
 @torch.no_grad()
-def test_a_new_condition_changes_nothing():
-    """So that a model trained without can go on with one."""
+@pytest.mark.parametrize("added", [{"conditioned": True}, {"token_taps": (2, 3)}])
+def test_a_new_input_changes_nothing(added: dict[str, Any]):
+    """So that a model trained without can go on with it."""
     settings = {"vocab_size": 23, "n_outputs": 20, "d_model": (8,), "n_layers": (1,)}
     plain = SequenceModel(ModelConfig(**settings))
-    conditioned = SequenceModel(ModelConfig(**settings, conditioned=True))
-    conditioned.load_state_dict(plain.state_dict(), strict=False)
+    richer = SequenceModel(ModelConfig(**settings, **added))
+    richer.load_state_dict(plain.state_dict(), strict=False)
     tokens = torch.randint(0, 20, (2, 9))
-    assert torch.equal(plain(tokens), conditioned(tokens))
+    assert torch.equal(plain(tokens), richer(tokens))
+
+
+@torch.no_grad()
+def test_taps_of_tokens_add_a_row_for_each_earlier_token(make_model: MakeModel):
+    inputs = make_model("isotropic").inputs
+    assert inputs.config.token_taps == (2, 4)
+    tokens = torch.randint(0, 20, (2, 7))
+    window = F.pad(tokens, (inputs.reach, 0), value=NOTHING)
+    for t in range(7):
+        expected = inputs.embedding.weight[tokens[:, t]]
+        if t >= 1:
+            expected = expected + inputs.token_taps[0][tokens[:, t - 1]]
+        if t >= 3:
+            expected = expected + inputs.token_taps[1][tokens[:, t - 3]]
+        torch.testing.assert_close(inputs(window, 0)[0][:, t], expected)

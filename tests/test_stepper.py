@@ -40,7 +40,7 @@ AssertNear = Callable[[Tensor, Tensor, float], None]
 # Largest difference of logits over the largest logit.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
 OPERATIONS = {
-    "S4D": ("isotropic", "s4d"),
+    "S4D, taps of tokens": ("isotropic", "s4d"),
     "S4 of rank 1": ("isotropic", "s4"),
     "S4 of rank 2": ("isotropic", "s4-fourier"),
     "pools of S4D": ("pooled", "s4d"),

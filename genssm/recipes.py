@@ -138,7 +138,13 @@ RECIPES: dict[str, Recipe] = {
     "wiki": Recipe(
         modality="text",
         codec={"vocab_size": 4096},
-        model={"d_model": (256,), "n_layers": (6,), "d_state": 32},
+        model={
+            "d_model": (256,),
+            "n_layers": (6,),
+            "d_state": 32,
+            "dt_max": 1.0,
+            "token_taps": (2, 3),
+        },
         train=TrainConfig(batch_size=8, length=512),
     ),
     "cifar10": Recipe(

@@ -17,7 +17,7 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import models, register_model
 
 LANES = 16  # floats in a vector
@@ -64,7 +64,13 @@ vector = Vector()
 
 
 def multiplies_bytes() -> bool:
-    """Whether the processor sums products of bytes in words (AVX-512 VNNI)."""
+    """Whether code is compiled for a processor that sums products of bytes in words (VNNI).
+
+    That is this processor, unless numba was told of another.
+    """
+    told: Any = config
+    if told.CPU_FEATURES is not None:
+        return "+avx512vnni" in told.CPU_FEATURES.split(",")
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni"))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,28 @@ def test_steps_equal_the_eager_ones(
     for token in tokens:
         expected, state = model.step(token, state)
         assert_near(compiled.step(token, memory), expected, TOLERANCE[weights])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 processors")
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("haswell", "+avx,+avx2,+fma,+bmi2,+f16c"), ("generic", "")],
+    ids=["AVX2", "SSE2"],
+)
+def test_code_for_lesser_processors_steps_alike(name: str, features: str, tmp_path: Path) -> None:
+    """The first test of this file, compiled for processors without what this one may have."""
+    told = {
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    first = test_steps_equal_the_eager_ones.__name__
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{first}"]
+    run = subprocess.run(
+        command, env=os.environ | told, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert any(tmp_path.rglob("*.nbc"))  # compiled anew, for what was told
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "image"])

@@ -25,7 +25,7 @@ from genssm.recipes import Recipe
 from genssm.update import Objective, train_step
 
 _WINDOWS = 64  # validation windows that are measured
-_BLOCKS, _HEAD = 6, 16  # of GPT-2: blocks, features of an attention head
+_BLOCKS, _HEAD = range(4, 9), 32  # of GPT-2: blocks, features of an attention head
 _LN2 = math.log(2)
 
 
@@ -47,11 +47,11 @@ class Transformer(nn.Module):
                 'the comparison needs transformers; pip install "genssm[benchmark]"'
             ) from error
         self.config = config
-        width = _width(size, config.vocab_size)
+        blocks, width = _shape(size, config.vocab_size)
         self.model: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.vocab_size, n_positions=config.l_max, n_embd=width,
-                n_layer=_BLOCKS, n_head=max(1, width // _HEAD), use_cache=False,
+                n_layer=blocks, n_head=width // _HEAD, use_cache=False,
                 bos_token_id=None, eos_token_id=None,
                 resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             )
@@ -71,11 +71,11 @@ class Transformer(nn.Module):
         return [Muon(matrices, matrix_lr, decay), adam]
 
 
-def _width(size: int, vocab_size: int) -> int:
-    """The multiple of a head's width at which 12 w² a block and the embedding are nearest."""
+def _shape(size: int, vocab_size: int) -> tuple[int, int]:
+    """Blocks and width (whole heads) at which 12 w² a block and the embedding are nearest."""
     return min(
-        range(_HEAD, 4096, _HEAD),
-        key=lambda w: abs(12 * _BLOCKS * w * w + vocab_size * w - size),
+        ((blocks, width) for blocks in _BLOCKS for width in range(_HEAD, 4096, _HEAD)),
+        key=lambda shape: abs(12 * shape[0] * shape[1] ** 2 + vocab_size * shape[1] - size),
     )
 
 
@@ -87,6 +87,8 @@ def benchmark_quality(
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train both for ``steps`` steps; return their bits per token, sizes and times.
+
+    Sequences are at most ``recipe.train.length`` long, of which longer examples give the beginning.
 
     ``out`` receives the tokenizer and the tokens. Raises ValueError without ``transformers``.
     """
@@ -104,20 +106,25 @@ def benchmark_quality(
         "machine": machine("cpu"),
         "recipe": asdict(recipe),
         "steps": steps,
-        "tokens": sum(prepared.batch(i).tokens[:, 1:].numel() for i in range(steps)),
+        "tokens": sum(_batch(prepared, recipe, i).tokens[:, 1:].numel() for i in range(steps)),
         "unit": "bits/token",
     }
     subjects = {"genssm": (ours, build_optimizers(ours, *rates)),
                 "gpt2": (gpt2, gpt2.optimizers(*rates))}  # fmt: skip
     for name, (model, optimizers) in subjects.items():
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         _train(model, optimizers, prepared, recipe, steps)
-        seconds = time.perf_counter() - started
+        seconds, worked = time.perf_counter() - started, time.process_time() - worked
         counted = sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n)
         bits = _measure(model, prepared, settings.length)
-        facts[name] = {"parameters": counted, "bits": round(bits, 4), "seconds": round(seconds, 1)}
+        facts[name] = {"parameters": counted, "bits": round(bits, 4), "seconds": round(seconds, 1),
+                       "processor_seconds": round(worked, 1)}  # fmt: skip
         note(f"{name}: {bits:.4f} bits/token, {counted / 1e6:.2f} M parameters, {seconds:.0f} s")
     return facts
+
+
+def _batch(prepared: Prepared, recipe: Recipe, step: int) -> Batch:
+    return prepared.batch(step).cut(recipe.train.length)
 
 
 def _train(
@@ -134,7 +141,7 @@ def _train(
         for optimizer, base in zip(optimizers, bases, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * factor
-        train_step(objective, optimizers, prepared.batch(step), settings.clip,
+        train_step(objective, optimizers, _batch(prepared, recipe, step), settings.clip,
                    (settings.seed, step), accumulate=settings.accumulate)  # fmt: skip
 
 

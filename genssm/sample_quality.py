@@ -16,9 +16,10 @@ from torch import Tensor
 
 from genssm.classifier import Classifier, load_classifier
 from genssm.codec import Audio, Codec, Image
-from genssm.data import Example, find_split, read_examples
+from genssm.data import Example
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import Settings
+from genssm.sources import comes_in_splits, open_split, read_examples
 
 COPIED = 40  # characters in a row that are also in the training text count as copied
 _REAL = 5_000  # real pictures or sounds that are looked at
@@ -181,7 +182,7 @@ def evaluate_samples(
 ) -> dict[str, object]:
     """Draw ``count`` samples and hold them against ``data``.
 
-    ``data``: a folder with train and validation data, as for a training, or training data alone.
+    ``data``: a folder or public set with train and validation data, or training data alone.
     ``settings``: of ``Pipeline.sample``. Raises ValueError for a classifier that is missing or of
     other data.
     """
@@ -210,11 +211,11 @@ def evaluate_samples(
 
 def _reference(data: Path, codec: Codec) -> tuple[list[Example], list[Example]]:
     """At most ``_REAL`` training and held-out examples, spread over the whole (all of text)."""
-    names = [p.name.split(".")[0] for p in data.iterdir()] if data.is_dir() else []
-    paths = [data]
-    if {"train", "validation"} <= set(names):
-        paths = [find_split(data, split, codec.modality) for split in ("train", "validation")]
-    parts = [list(read_examples(path, codec)) for path in paths]
+    if comes_in_splits(data):
+        splits = [open_split(data, name, codec.modality) for name in ("train", "validation")]
+        parts = [list(split.examples(codec)) for split in splits]
+    else:
+        parts = [list(read_examples(data, codec))]
     if codec.modality != "text":
         parts = [part[:: -(-len(part) // _REAL)] for part in parts]
     return parts[0], parts[1] if len(parts) > 1 else []

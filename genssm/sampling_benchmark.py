@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -403,15 +403,17 @@ def measure_recomputed(logits: Callable[[Tensor], Tensor], context: int, repeats
     return 1 / statistics.median(_seconds(run) for _ in range(repeats))
 
 
+def last_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
+    """Tokens (B, L) → logits (B, V) of the next, by convolution; kernels are kept between calls."""
+    features, prediction = model.features(tokens)
+    return model.head.logits(features[:, -1], None if prediction is None else prediction[:, -1])
+
+
 def measure_baselines(
     model: SequenceModel, transformer: nn.Module | None, extent: Extent
 ) -> Iterator[Baseline]:
     """The convolution and the Transformer (or not, if None) at every context, batch 1."""
-
-    def convolved(tokens: Tensor) -> Tensor:
-        features, prediction = model.features(tokens)  # kernels are kept between calls
-        return model.head.logits(features[:, -1], prediction)
-
+    convolved = partial(last_logits, model)
     for context in extent.contexts:
         for threads in thread_counts():
             with torch_threads(threads):

@@ -1,6 +1,7 @@
 """Where data comes from: a folder of one's own, or a public set by its name.
 
-Public sets come through Hugging Face ``datasets`` (extra ``train``), which keeps them in its cache.
+Public sets come through Hugging Face ``datasets`` (extra ``train``), which keeps them in its cache;
+the spoken digits of Speech Commands equally from the folder of torchaudio's own class.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from genssm.data import Example, documents_of_rows, examples_of_rows, find_split
 from genssm.data import read_examples as read_local
 
 _OWN = {split: split for split in ("train", "validation", "test")}
+_SPEECH_COMMANDS = "SpeechCommands/speech_commands_v0.02"  # where torchaudio's class unpacks it
+_SUBSETS = {"train": "training", "validation": "validation", "test": "testing"}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -57,7 +60,10 @@ PUBLIC = {
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set: a local file or folder, or a part of a public set."""
+    """One split of a data set: a local file or folder, or the part ``name`` of a public set.
+
+    With both, the public set is read from where torchaudio's class keeps it.
+    """
 
     path: Path | None = None
     public: str | None = None
@@ -65,7 +71,7 @@ class Split:
 
     def examples(self, codec: Codec, skip: bool = False) -> Iterator[Example]:
         """The examples, in a fixed order; ``skip``: leave out what is not readable."""
-        if self.path is not None:
+        if self.path is not None and self.public is None:
             yield from read_local(self.path, codec, skip)
         elif isinstance(codec, Image | Audio):
             yield from examples_of_rows(self._rows(), codec, skip)
@@ -94,6 +100,11 @@ class Split:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Rows as in a parquet file: files as bytes, labels by name."""
+        path, only = self.path, self._set.only
+        rows = self._fetched_rows() if path is None else _rows_of_torchaudio(path, self.name, only)
+        return (row for row in rows if not only or row.get("label") in only)
+
+    def _fetched_rows(self) -> Iterator[dict[str, Any]]:
         table = _load(self._set, self.name)
         for column, feature in table.features.items():
             if hasattr(feature, "decode") and hasattr(feature, "decode_example"):
@@ -102,8 +113,24 @@ class Split:
         for row in table:
             if names and isinstance(row["label"], int):
                 row["label"] = names[row["label"]] if row["label"] >= 0 else None
-            if not self._set.only or row.get("label") in self._set.only:
-                yield row
+            yield row
+
+
+def _rows_of_torchaudio(root: Path, split: str, only: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Clips of the words ``only`` that torchaudio's class counts to a split."""
+    from torchaudio.datasets import SPEECHCOMMANDS
+
+    try:
+        clips = SPEECHCOMMANDS(root, subset=_SUBSETS[split])
+    except OSError as error:
+        raise ValueError(
+            f"Speech Commands in {str(root)!r} has no list of a split: {error}"
+        ) from error
+    for name, _, word, _, _ in map(clips.get_metadata, range(len(clips))):
+        if word in only:
+            file = (root / _SPEECH_COMMANDS).parent / name
+            data = file.read_bytes() if file.exists() else b""  # listed, and not there
+            yield {"audio": {"bytes": data, "path": name}, "label": word}
 
 
 def _load(chosen: PublicSet, split: str) -> Any:
@@ -129,10 +156,13 @@ def _load(chosen: PublicSet, split: str) -> Any:
 def open_split(data: Path, split: str, modality: str) -> Split:
     """A split of a folder, or of the public set of this name where there is no such folder.
 
+    A folder in which torchaudio's SPEECHCOMMANDS has put the set is the public set "sc09".
     Raises ValueError if there is neither, or it is of another modality.
     """
-    name = str(data)
-    if data.exists() or name not in PUBLIC:
+    name, folder = str(data), None
+    if (data / _SPEECH_COMMANDS).is_dir():
+        name, folder = "sc09", data
+    elif data.exists() or name not in PUBLIC:
         if not data.exists():
             raise ValueError(
                 f"there is no folder {name!r}, and it is no public set; known: {', '.join(PUBLIC)}"
@@ -140,12 +170,21 @@ def open_split(data: Path, split: str, modality: str) -> Split:
         return Split(find_split(data, split, modality))
     if PUBLIC[name].modality != modality:
         raise ValueError(f"{name} is {PUBLIC[name].modality}, the recipe is for {modality}")
-    return Split(public=name, name=split)
+    return Split(folder, name, split)
+
+
+def comes_in_splits(data: Path) -> bool:
+    """Whether ``open_split`` finds training and validation data apart."""
+    if not data.exists():
+        return str(data) in PUBLIC
+    names = {file.name.split(".")[0] for file in data.iterdir()} if data.is_dir() else set()
+    return {"train", "validation"} <= names or (data / _SPEECH_COMMANDS).is_dir()
 
 
 def read_examples(data: Path, codec: Codec) -> Iterator[Example]:
     """The examples of a file or folder, or of a part of a public set: "wikitext-2:validation"."""
     name, _, split = str(data).partition(":")
-    if not data.exists() and name in PUBLIC:
+    public = Path(name) / _SPEECH_COMMANDS
+    if public.is_dir() or (not data.exists() and name in PUBLIC):
         return open_split(Path(name), split or "validation", codec.modality).examples(codec)
     return read_local(data, codec)

@@ -11,7 +11,7 @@ import pytest
 from genssm import sources
 from genssm.codec import Audio, Image, Text
 from genssm.data import Example, documents_of_rows, read_documents, read_examples
-from genssm.sources import PUBLIC, PublicSet, Split, open_split
+from genssm.sources import PUBLIC, PublicSet, Split, comes_in_splits, open_split
 
 IMAGE = Image(4, 4, 3, labels=("cat", "dog"))
 AUDIO = Audio(8000, labels=("one", "two"))
@@ -150,6 +150,59 @@ def test_public_pictures_and_sounds_come_by_name(cells, publish, tmp_path: Path)
         list(open_split(Path("sc09"), "validation", "audio").examples(AUDIO))
     with pytest.raises(ValueError, match="sc09 is audio, the recipe is for image"):
         open_split(Path("sc09"), "train", "image")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, write_sound: Callable[..., Path]) -> Path:
+    """Speech Commands where torchaudio's class unpacks it: one, two and yes by three speakers."""
+    root = tmp_path / "downloads"
+    folder = root / "SpeechCommands" / "speech_commands_v0.02"
+    for speaker in range(3):
+        for i, word in enumerate(("one", "two", "yes")):
+            name = f"{word}/0{speaker}ab_nohash_0.wav"
+            write_sound(folder / name, np.full(40 + 10 * speaker, i / 8, np.float32))
+    write_sound(folder / "_background_noise_" / "tap.wav", np.zeros(400, np.float32))
+    for split, speaker in (("validation", 1), ("testing", 2)):
+        listed = [f"{word}/0{speaker}ab_nohash_0.wav\n" for word in ("two", "yes", "one")]
+        (folder / f"{split}_list.txt").write_text("".join(listed))
+    return root
+
+
+def test_digits_are_read_where_torchaudios_class_unpacked_them(commands: Path):
+    """Its splits, by its lists; other words and the noises are left out."""
+    for split, labels, length in (("train", ["one", "two"], 40), ("validation", ["two", "one"], 50),
+                                  ("test", ["two", "one"], 60)):  # fmt: skip
+        examples = list(open_split(commands, split, "audio").examples(AUDIO))
+        values = {"one": 0.0, "two": 1 / 8}
+        assert_same_examples(examples, [np.full(length, values[word]) for word in labels], labels)
+        named = sources.read_examples(Path(f"{commands}:{split}"), AUDIO)
+        assert [e.label for e in named] == labels
+    assert [e.label for e in sources.read_examples(commands, AUDIO)] == ["two", "one"]
+    with pytest.raises(ValueError, match="sc09 is audio, the recipe is for text"):
+        open_split(commands, "train", "text")
+
+
+def test_what_is_listed_and_missing_is_fatal_or_left_out(commands: Path):
+    folder = commands / "SpeechCommands" / "speech_commands_v0.02"
+    (folder / "two" / "01ab_nohash_0.wav").unlink()
+    split = open_split(commands, "validation", "audio")
+    with pytest.raises(ValueError, match=r"two/01ab_nohash_0.wav has no bytes"):
+        list(split.examples(AUDIO))
+    with pytest.warns(UserWarning, match="left out: .*two/01ab_nohash_0.wav"):
+        assert [e.label for e in split.examples(AUDIO, skip=True)] == ["one"]
+    (folder / "validation_list.txt").unlink()
+    with pytest.raises(ValueError, match=r"has no list of a split: .*validation_list.txt"):
+        list(split.examples(AUDIO))
+
+
+def test_what_comes_in_splits_is_known(commands: Path, tmp_path: Path):
+    (tmp_path / "own" / "train").mkdir(parents=True)
+    assert not comes_in_splits(tmp_path / "own")
+    (tmp_path / "own" / "validation.tar").touch()
+    for data in (commands, tmp_path / "own", Path("sc09")):
+        assert comes_in_splits(data)
+    for data in (tmp_path, tmp_path / "own" / "validation.tar", Path("sc90")):
+        assert not comes_in_splits(data)
 
 
 def test_public_text_comes_by_name_and_is_identified(publish, tmp_path: Path, text_codec: Text):

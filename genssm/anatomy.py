@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from genssm.codec import Image
 from genssm.conversion import certify
-from genssm.engine import Generation, Reading, begin, read, torch_threads
+from genssm.engine import Generation, Reading, begin, read
 from genssm.model import Block, Pool, SequenceModel
 from genssm.pipeline import Pipeline
 from genssm.sampling import SamplingConfig
@@ -27,9 +28,11 @@ from genssm.sampling_benchmark import (
     SMALL,
     WARM_UP,
     build_transformer,
+    last_logits,
     measure_cached,
     measure_recomputed,
 )
+from genssm.threads import torch_threads
 
 TIMED = 64  # steps that a race takes the time of
 BANDS = 8  # groups of features that a layer's state is shown as
@@ -202,21 +205,17 @@ def race(pipe: Pipeline, lengths: Sequence[int]) -> Iterator[Lap]:
         size = sum(p.numel() for p in pipe.model.parameters())
         transformer = build_transformer(size, pipe.model.config, max(lengths) + MARGIN)
     probe = torch.tensor(pipe.config["probe"])
-
-    def convolved(tokens: Tensor) -> Tensor:
-        features, prediction = pipe.model.features(tokens, pipe.rate)  # kernels are kept
-        last = None if prediction is None else prediction[:, -1]
-        return pipe.model.head.logits(features[:, -1], last)
-
-    with torch_threads(1):
-        for length in lengths:
-            context = probe.repeat(-(-length // len(probe)))[:length]
-            yield Lap(
+    convolved = partial(last_logits, pipe.model, rate=pipe.rate)
+    for length in lengths:
+        context = probe.repeat(-(-length // len(probe)))[:length]
+        with torch_threads(1):
+            lap = Lap(
                 length,
                 _stepped(pipe, context),
                 1000 / measure_recomputed(convolved, length, 1),
                 transformer and 1000 / measure_cached(transformer, length, SMALL),
             )
+        yield lap
 
 
 def _stepped(pipe: Pipeline, context: Tensor) -> float:

@@ -6,9 +6,8 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
 from genssm.stepper import CompiledModel, Draws, Memory
+from genssm.threads import allowed_threads, one_thread, torch_threads
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
@@ -322,7 +322,7 @@ class CompiledGeneration:
         they gain a fifth.
         """
         count = len(whole.held)
-        most = min(torch.get_num_threads(), count)
+        most = min(allowed_threads(), count)
         options = {
             (threads, min(size, -(-count // threads)))
             for threads in (1, most)
@@ -366,7 +366,7 @@ def draw_ahead(generations: Sequence[CompiledGeneration], threads: int | None = 
     What they draw does not depend on their company, to the last bit. At most so many ``threads``
     step one batch; as many as torch may use if None.
     """
-    most = torch.get_num_threads() if threads is None else threads
+    most = allowed_threads() if threads is None else threads
     first = generations[0]
     draws = [generation._draws(first.place[1]) for generation in generations]
     if len(draws) == 1 and len(draws[0]) > 1:
@@ -422,7 +422,7 @@ def read(
     logits, state = torch.empty(0), model.initial_state(1)
     if before is not None:
         logits, state = before.logits, before.state
-    with torch_threads(1 if len(tokens) <= SHORT else torch.get_num_threads()):
+    with torch_threads(1 if len(tokens) <= SHORT else allowed_threads()):
         for i in range(0, len(tokens), PIECE):
             logits, state = model.read(tokens[None, i : i + PIECE], state)
     return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
@@ -445,19 +445,3 @@ def _beside(first: State, second: State) -> State:
 
     history = torch.cat([first.history, second.history])
     return State(first.position, history, tuple(map(join, first.layers, second.layers)))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def one_thread() -> AbstractContextManager[None]:
-    """Step on one thread: a step is too short to be worth waiting for a second core."""
-    return torch_threads(1)

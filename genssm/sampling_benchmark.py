@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genssm.benchmark import REFERENCE, machine
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Reading, begin, in_threads, read, torch_threads
+from genssm.engine import CompiledGeneration, Reading, begin, in_threads, read
 from genssm.model import (
     Linear,
     ModelConfig,
@@ -36,6 +36,7 @@ from genssm.pipeline import load
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import EXACT, CompiledModel
+from genssm.threads import torch_threads
 
 VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8"))  # engine, weights
 BYTES = {EXACT: 4, "bf16": 2, "int8": 1}  # of one weight of a linear map
@@ -403,9 +404,9 @@ def measure_recomputed(logits: Callable[[Tensor], Tensor], context: int, repeats
     return 1 / statistics.median(_seconds(run) for _ in range(repeats))
 
 
-def last_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
+def last_logits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tensor:
     """Tokens (B, L) → logits (B, V) of the next, by convolution; kernels are kept between calls."""
-    features, prediction = model.features(tokens)
+    features, prediction = model.features(tokens, rate)
     return model.head.logits(features[:, -1], None if prediction is None else prediction[:, -1])
 
 

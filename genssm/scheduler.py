@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Unpack
 
-import torch
-
 from genssm.codec import Raw
 from genssm.engine import GROUP, CompiledGeneration, Reading, draw_ahead
 from genssm.pipeline import LARGEST_BATCH, Pipeline, Sample, Session
 from genssm.request import Plan, Request, Settings
 from genssm.stepper import CompiledModel
+from genssm.threads import allowed_threads
 
 
 class BusyError(RuntimeError):
@@ -116,7 +115,7 @@ class Scheduler:
         compiled = isinstance(pipe.stepper, CompiledModel)
         self._workers = [
             threading.Thread(target=self._work, name=f"genssm {pipe.name} {i}", daemon=True)
-            for i in range(torch.get_num_threads() if compiled else 1)
+            for i in range(allowed_threads() if compiled else 1)
         ]
         for worker in self._workers:
             worker.start()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from genssm import checkpoint as checkpoints
 from genssm.distributed import World, joined
-from genssm.engine import torch_threads
 from genssm.recipes import Recipe, TrainConfig
+from genssm.threads import torch_threads
 from genssm.train import Progress, train
 from genssm.training_state import exists
 

@@ -8,10 +8,11 @@ import torch
 
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import Generation, NotFiniteError, begin, read, torch_threads
+from genssm.engine import Generation, NotFiniteError, begin, read
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import choose
+from genssm.threads import torch_threads
 
 MakeModel = Callable[..., SequenceModel]
 PROMPT = torch.tensor([20, 3, 1, 4])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from genssm.benchmark import REFERENCE
@@ -12,9 +13,12 @@ from genssm.cli import app
 from genssm.conversion import to_recurrent
 from genssm.model import ModelConfig, SequenceModel
 from genssm.sampling_benchmark import (
+    SMALL,
     Baseline,
     Speed,
     bytes_per_step,
+    last_logits,
+    measure_baselines,
     ratios,
     transformer_size,
 )
@@ -70,6 +74,23 @@ def test_pooled_weights_are_read_once_a_group():
     for i in range(2):  # weights, states
         added = read[more][i] - read[config][i]
         assert added == pytest.approx((read[two][i] - read[flat][i]) / 4)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_the_convolution_predicts_what_the_recurrence_does(kind: str, make_model):
+    model = make_model(kind)
+    tokens = torch.randint(0, 20, (2, 12))
+    recurrent = to_recurrent(model)
+    with torch.no_grad():
+        expected, _ = recurrent.prefill(tokens, recurrent.initial_state(2))
+        actual = last_logits(model, tokens)
+    torch.testing.assert_close(actual, expected[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_models_of_pictures_have_baselines_too(make_model):
+    baselines = list(measure_baselines(make_model("image"), None, replace(SMALL, contexts=(12,))))
+    assert {b.name for b in baselines} == {"own convolution of the whole context, kernels kept"}
+    assert all((b.context, b.tokens_per_second > 0) == (12, True) for b in baselines)
 
 
 def test_every_ratio_names_what_it_compares():

@@ -38,6 +38,7 @@ ORDER = (
     "sampling",
     "simd",
     "stepper",
+    "threads",
     "engine",
     "states",
     "request",

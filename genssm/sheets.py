@@ -6,6 +6,7 @@ same seed, so that one can watch it learn.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,38 @@ _TEXT_TOKENS = 200
 _PAUSE = 0.25  # seconds between clips
 
 
-def write_sheet(checkpoint: Checkpoint, folder: Path, step: int, engine: str = "auto") -> Path:
-    """Draw a sheet with seed 0 and write ``<folder>/step-<step>.png``, ``.wav`` or ``.txt``."""
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures in a grid, uint8 (H, W, C), clips in a row, float32 (samples,), or texts."""
+
+    step: int
+    raw: np.ndarray | str
+    rate: int | None = None  # Hz, of sound
+
+
+def draw_sheet(checkpoint: Checkpoint, step: int, engine: str = "auto") -> Sheet:
+    """What a model makes after ``step`` steps, with seed 0."""
     pipe = Pipeline("training", checkpoint, engine=engine)
     codec = pipe.codec
     if isinstance(codec, Image):
-        content = png(grid([s.raw for s in _of_each_class(pipe, _PICTURES)]))
-        suffix = ".png"
-    elif isinstance(codec, Audio):
+        return Sheet(step, grid([s.raw for s in _of_each_class(pipe, _PICTURES)]))
+    if isinstance(codec, Audio):
         pause = np.zeros(round(_PAUSE * codec.rate), np.float32)
         waves = [part for s in _of_each_class(pipe, _CLIPS) for part in (s.raw, pause)]
-        content, suffix = sound(np.concatenate(waves), codec.rate, "wav"), ".wav"
+        return Sheet(step, np.concatenate(waves), codec.rate)
+    samples = pipe.sample(count=_TEXTS, max_tokens=_TEXT_TOKENS, seed=0)
+    return Sheet(step, "\n\n----\n\n".join(s.raw for s in samples))
+
+
+def write_sheet(sheet: Sheet, folder: Path) -> Path:
+    """Write ``<folder>/step-<step>.png``, ``.wav`` or ``.txt``."""
+    if isinstance(sheet.raw, str):
+        content, suffix = sheet.raw.encode() + b"\n", ".txt"
+    elif sheet.rate is not None:
+        content, suffix = sound(sheet.raw, sheet.rate, "wav"), ".wav"
     else:
-        samples = pipe.sample(count=_TEXTS, max_tokens=_TEXT_TOKENS, seed=0)
-        content, suffix = "\n\n----\n\n".join(s.raw for s in samples).encode() + b"\n", ".txt"
-    target = folder / f"step-{step:08}{suffix}"
+        content, suffix = png(sheet.raw), ".png"
+    target = folder / f"step-{sheet.step:08}{suffix}"
     replace_file(target, lambda file: file.write_bytes(content))
     return target
 

@@ -22,7 +22,7 @@ from genssm.model import ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, rate
 from genssm.preparation import load_weights, prepare
 from genssm.recipes import Recipe
-from genssm.sheets import write_sheet
+from genssm.sheets import Sheet, draw_sheet, write_sheet
 from genssm.training_log import Log, Progress, open_log
 from genssm.training_state import TrainingState
 from genssm.update import compile_pointwise, spread, train_step
@@ -94,6 +94,11 @@ def _loop(
             report(progress)
             log.write(progress)
 
+    def draw() -> None:
+        sheet = training.draw()
+        if log is not None and sheet is not None:
+            log.show(sheet)
+
     stop = False
     while training.fraction() < 1:
         due = [interrupted(), *(timer.due() for timer in timers)]
@@ -103,7 +108,7 @@ def _loop(
         training.advance()
         value = training.validate() if validate else None
         if sheet:
-            training.draw()
+            draw()
         if save:
             training.save()
         if reports.due() or value is not None:
@@ -111,7 +116,7 @@ def _loop(
     training.save()
     tell(training.validate())
     if minutes[2] is not None:
-        training.draw()
+        draw()
     training.save()
     return stop or interrupted()
 
@@ -269,15 +274,17 @@ class _Training:
         probe = codec.encode(example.raw, example.label)[:PROBE].tolist()
         return checkpoints.Checkpoint(model, codec, facts, metrics, tuple(probe))
 
-    def draw(self) -> None:
-        """Write a sample sheet."""
-        model = self.state.exported()
+    def draw(self) -> Sheet | None:
+        """Draw a sample sheet and write it; rank 0 has it."""
+        model, sheet = self.state.exported(), None
         if self.world.leads:
             if self.world.device.type != "cpu":  # samples are stepped on the CPU
                 model = copy.deepcopy(model).cpu()
             whole = checkpoints.Checkpoint(model, self.data.codec)
-            write_sheet(whole, self.out / "samples", self.state.counters.step)
+            sheet = draw_sheet(whole, self.state.counters.step)
+            write_sheet(sheet, self.out / "samples")
         self.world.wait()
+        return sheet
 
     def save(self) -> None:
         """Write everything that ``resume`` needs."""

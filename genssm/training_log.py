@@ -1,4 +1,7 @@
-"""What a training writes down as it goes: a row of CSV, and TensorBoard where that is wanted."""
+"""What a training writes down as it goes: a row of CSV, and TensorBoard where that is wanted.
+
+TensorBoard gets the sample sheets as well: to see, to hear or to read beside the curves.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genssm.checkpoint import replace_file
+from genssm.sheets import Sheet
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Log:
                 if value is not None and name != "step":
                     self._board.add_scalar(name, value, progress.step)
             self._board.flush()
+
+    def show(self, sheet: Sheet) -> None:
+        """Show a sample sheet in TensorBoard, if that is wanted."""
+        if self._board is None:
+            return
+        if isinstance(sheet.raw, str):
+            self._board.add_text("samples", sheet.raw, sheet.step)
+        elif sheet.rate is not None:
+            self._board.add_audio("samples", sheet.raw, sheet.step, sheet.rate)
+        else:
+            self._board.add_image("samples", sheet.raw, sheet.step, dataformats="HWC")
+        self._board.flush()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import io
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
+import soundfile
 import torch
 from torch import Tensor, nn
 
@@ -424,27 +427,41 @@ def test_tensorboard_gets_the_numbers_of_the_log(
 def test_sheets_show_what_the_model_makes(
     modality: str, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train_module, "write_sheet", partial(sheets.write_sheet, engine="eager"))
+    monkeypatch.setattr(train_module, "draw_sheet", partial(sheets.draw_sheet, engine="eager"))
     monkeypatch.setattr(sheets, "_TEXT_TOKENS", 20)
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     recipe, out = with_steps(RECIPES[modality], 1), tmp_path / "out"
     if modality == "audio":  # two seconds of sound take a while
         plan = Pipeline._length
         monkeypatch.setattr(Pipeline, "_length", lambda self, n, m: min(60, plan(self, n, m)))
-    train(recipe, data[modality], out, sheet_minutes=1000)
+    train(recipe, data[modality], out, sheet_minutes=1000, tensorboard=True)
     suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[modality]
     (sheet,) = (out / "samples").iterdir()
     assert sheet.name == f"step-00000001{suffix}"
+    shown = EventAccumulator(str(out / "tensorboard"), {"images": 0, "audio": 0, "tensors": 0})
+    shown.Reload()
     if modality == "text":
         assert sheet.read_text().count("----") == 2
+        (event,) = shown.Tensors("samples/text_summary")
+        assert event.tensor_proto.string_val == [sheet.read_bytes().removesuffix(b"\n")]
     elif modality == "image":
-        import PIL.Image
-
-        with PIL.Image.open(sheet) as picture:
-            assert picture.size == (4 * 4 + 3 * 2, 4 * 4 + 3 * 2)  # 4 × 4 pictures, gaps of 2
+        pictures = []
+        (event,) = shown.Images("samples")
+        for file in (sheet, io.BytesIO(event.encoded_image_string)):
+            with PIL.Image.open(file) as picture:
+                pictures.append(np.asarray(picture))
+        assert pictures[0].shape[:2] == (4 * 4 + 3 * 2, 4 * 4 + 3 * 2)  # 4 × 4, gaps of 2
+        assert np.array_equal(*pictures)
     else:
-        import soundfile
-
-        assert soundfile.info(sheet).samplerate == 8000
+        (event,) = shown.Audio("samples")
+        (wave, rate), (heard, again) = (
+            soundfile.read(file) for file in (sheet, io.BytesIO(event.encoded_audio_string))
+        )
+        assert (rate, again) == (8000, 8000)
+        np.testing.assert_allclose(heard, wave, atol=2 / 2**15)
+    assert event.step == 1
 
 
 def test_pictures_are_read_from_class_folders_too(

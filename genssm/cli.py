@@ -385,7 +385,9 @@ def _summarize(samples: list[Sample], output: Output) -> None:
 @app.command()
 @_command
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09.")
+    ],
     data: Annotated[
         Path,
         typer.Option(
@@ -586,7 +588,9 @@ def _print_measurement(facts: dict[str, object]) -> None:
 @app.command()
 @_command
 def classifier(
-    recipe: Annotated[str, typer.Argument(help="Recipe whose classes it learns: digits, cifar10.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe whose classes it learns: cifar10, digits, mnist, sc09.")
+    ],
     data: Annotated[Path, typer.Option(help="Folder with train and validation files.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).")],
     epochs: Annotated[int, typer.Option(min=1, help="Times that it sees the data.")] = 30,
@@ -773,7 +777,9 @@ def sampling(
 @benchmark.command()
 @_command
 def quality(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09.")
+    ],
     data: Annotated[Path, typer.Option(help="As for genssm train.")],
     work: Annotated[Path, typer.Option(help="Folder for the tokenizer and the tokens.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates of each model.")] = 1000,

@@ -10,6 +10,7 @@ from typing import Any
 from genssm.model import ModelConfig
 from genssm.optim import SCHEDULES
 from genssm.settings import check_types
+from genssm.sources import SC09
 
 DIGITS = tuple("0123456789")
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -133,6 +134,13 @@ CIFAR_TAPS = (
     *range(_ABOVE - 12, _ABOVE + 10),  # the row above, from four pixels right to three left
     *range(2 * _ABOVE - 6, 2 * _ABOVE + 7),  # two rows above
 )
+_UP = 28  # values in a row of a 28×28 grey picture
+MNIST_TAPS = (
+    *range(1, 7),  # six to the left
+    *range(_UP - 5, _UP + 5),  # the row above, from five to the right to four to the left
+    *range(2 * _UP - 3, 2 * _UP + 4),
+    3 * _UP,
+)
 
 RECIPES: dict[str, Recipe] = {
     "wiki": Recipe(
@@ -173,5 +181,31 @@ RECIPES: dict[str, Recipe] = {
             "conditioned": True,
         },
         train=TrainConfig(batch_size=8, length=8192),
+    ),
+    "mnist": Recipe(
+        modality="image",
+        codec={"height": 28, "width": 28, "channels": 1, "labels": DIGITS},
+        model={
+            "d_model": (64, 128),
+            "n_layers": (2, 4),
+            "pools": (4,),
+            "d_state": 32,
+            "taps": MNIST_TAPS,
+            "image_shape": (28, 28, 1),
+            "conditioned": True,
+        },
+        train=TrainConfig(batch_size=8, length=784),
+    ),
+    "sc09": Recipe(
+        modality="audio",
+        codec={"rate": 16000, "labels": SC09},
+        model={
+            "d_model": (64, 128, 256),
+            "n_layers": (4, 4, 4),
+            "pools": (4, 4),
+            "d_state": 64,
+            "conditioned": True,
+        },
+        train=TrainConfig(batch_size=4, length=16384),
     ),
 }

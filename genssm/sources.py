@@ -19,7 +19,7 @@ from genssm.data import read_examples as read_local
 _OWN = {split: split for split in ("train", "validation", "test")}
 _SPEECH_COMMANDS = "SpeechCommands/speech_commands_v0.02"  # where torchaudio's class unpacks it
 _SUBSETS = {"train": "training", "validation": "validation", "test": "testing"}
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SC09 = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ PUBLIC = {
         {"train": "train[:-5000]", "validation": "train[-5000:]", "test": "test"},
     ),
     "sc09": PublicSet(
-        "audio", "google/speech_commands", "v0.02", _OWN, "refs/convert/parquet", _DIGITS
+        "audio", "google/speech_commands", "v0.02", _OWN, "refs/convert/parquet", SC09
     ),
     "ljspeech": PublicSet(
         "audio", "keithito/lj_speech", None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genssm.codec import ANY, Audio, Image
-from genssm.data import Example
+
+_PIECE = 2**22  # tokens of a stream that are looked at together
 
 
 @dataclass(frozen=True)
@@ -122,44 +122,56 @@ class PictureBatches:
 class ClipBatches:
     """Clips of similar length together, their label as start token, the boundary as last target.
 
-    A tenth of them have "any" instead; of those with a part of a class ("7_jackson"), three tenths
-    more have the class ("7").
+    In the stream every clip begins with its start token. A tenth of them have "any" instead; of
+    those with a part of a class ("7_jackson"), three tenths more have the class ("7").
     """
 
     group = 16  # batches whose clips are sorted by length together
 
     def __init__(
-        self, examples: Iterable[Example], codec: Audio, batch_size: int, length: int, seed: int
+        self, stream: np.ndarray, codec: Audio, batch_size: int, length: int, seed: int
     ) -> None:
-        self.codec, self.batch_size, self.seed = codec, batch_size, seed
-        self.clips: list[tuple[Tensor, int, int]] = []  # tokens, start tokens of label and class
-        for example in examples:
-            tokens = codec.encode(example.raw, example.label)
-            ended = torch.cat([tokens[1:], torch.tensor([codec.boundary])])
-            start = int(tokens[0])
-            broader = None if example.label is None else codec.broader(example.label)
-            whole = start if broader is None else codec.start(broader)
-            self.clips.append((ended[:length], start, whole))
-        together = min(self.group * batch_size, len(self.clips) // batch_size * batch_size)
+        self.stream, self.codec, self.batch_size, self.seed = stream, codec, batch_size, seed
+        self.begins = _at_least(stream, codec.boundary)
+        ends = np.append(self.begins[1:], len(stream))
+        self.lengths = np.minimum(ends - self.begins, length)  # samples and the end, if it fits
+        self.ended = ends - self.begins <= length
+        n = len(self.begins)
+        together = min(self.group * batch_size, n // batch_size * batch_size)
         if together == 0:
-            raise ValueError(f"a batch of {batch_size} needs more than {len(self.clips)} clips")
-        self.shuffled = _Shuffled(len(self.clips), together, seed)
+            raise ValueError(f"a batch of {batch_size} needs more than {n} clips")
+        self.shuffled = _Shuffled(n, together, seed)
 
     def batch(self, step: int) -> Batch:
         per_group = self.shuffled.size // self.batch_size
         turn, at = divmod(step, per_group)
-        chosen = sorted(self.shuffled.indices(turn), key=lambda i: len(self.clips[i][0]))
+        chosen = sorted(self.shuffled.indices(turn), key=self.lengths.__getitem__)
         order = _random(self.seed, turn, 1).permutation(per_group)
         random = _random(self.seed, step, 2)
         members = chosen[order[at] * self.batch_size : (order[at] + 1) * self.batch_size]
-        longest = max(len(self.clips[i][0]) for i in members)
+        longest = int(max(self.lengths[i] for i in members))
         tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
         weights = torch.zeros(self.batch_size, longest)
         for row, i in enumerate(members):
-            clip, start, whole = self.clips[i]
-            chance = random.random()
-            known = whole if chance < 0.4 else start
-            tokens[row, 0] = self.codec.boundary if chance < 0.1 else known
-            tokens[row, 1 : len(clip) + 1] = clip
-            weights[row, : len(clip)] = 1
+            begin, n = int(self.begins[i]), int(self.lengths[i])
+            samples = self.stream[begin + 1 : begin + 1 + n - int(self.ended[i])]
+            tokens[row, 0] = self._start(int(self.stream[begin]), random.random())
+            tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
+            weights[row, :n] = 1
         return Batch(tokens, weights)
+
+    def _start(self, start: int, chance: float) -> int:
+        """The start token of a clip, or of its class, or "any"."""
+        if chance < 0.1:
+            return self.codec.boundary
+        label = self.codec.label_of(start)
+        broader = None if label is None else self.codec.broader(label)
+        return start if broader is None or chance >= 0.4 else self.codec.start(broader)
+
+
+def _at_least(stream: np.ndarray, token: int) -> np.ndarray:
+    """Where a stream holds this token or a higher one, piece by piece."""
+    found = [
+        i + np.flatnonzero(stream[i : i + _PIECE] >= token) for i in range(0, len(stream), _PIECE)
+    ]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)

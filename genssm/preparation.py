@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,13 @@ def _batches(
         return codec, PictureBatches(
             pictures, labels, codec, settings.batch_size, settings.seed, settings.flip
         ).batch
+    stream = open_tokens(
+        out / f"tokens-{fingerprint(source.fingerprint(), json.dumps(codec.to_config()).encode())}",
+        lambda: (codec.encode(e.raw, e.label) for e in source.examples(codec, skip)),
+        codec.vocab_size,
+    )
     return codec, ClipBatches(
-        source.examples(codec, skip), codec, settings.batch_size, settings.length, settings.seed
+        stream, codec, settings.batch_size, settings.length, settings.seed
     ).batch
 
 

@@ -42,10 +42,30 @@ def table(folder: Path) -> str:
         "steps skipped": str(sum(s.get("skipped", 0) for s in stages)),
     }
     for name, metric in config["metrics"].items():
-        if "unit" in metric:
+        if str(metric.get("unit")).startswith("bits/"):
             rows[name] = f"{metric['value']:.4g} {metric['unit']}"
+        elif "frechet" in metric:
+            rows |= _judged(name, metric)
     lines = [f"| {name} | {value} |\n" for name, value in rows.items()]
     return "".join(["| | |\n| --- | --- |\n", *lines])
+
+
+def _judged(name: str, metric: dict[str, Any]) -> dict[str, str]:
+    """What a classifier found in samples, beside the same of real held-out data."""
+    given = ", ".join(f"{key} {value}" for key, value in metric["settings"].items())
+    facts = {
+        "recognised": "recognised",
+        "frechet": "Fréchet distance from training data",
+        "inception": "score by its classes",
+        "diversity": "mean distance within a class",
+        "nearest": "median distance to the nearest training example",
+    }
+    rows = {
+        f"{name}: {title}": f"{metric[key]:.4g} (held-out data: {metric['held out'][key]:.4g})"
+        for key, title in facts.items()
+    }
+    rows[f"{name}: nearer to training data than 99 % of held-out data"] = f"{metric['copies']:.1%}"
+    return {name: f"{metric['samples']}, {given}"} | rows
 
 
 def _stages(training: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -626,7 +626,8 @@ def models(as_json: Json = False) -> None:
     for name, folder in shipped_folders().items():
         config = json.loads((folder / "config.json").read_text())
         size = sum(f.stat().st_size for f in folder.iterdir())
-        measured = [item for item in config["metrics"].items() if "unit" in item[1]]
+        metrics = config["metrics"].items()
+        measured = [item for item in metrics if str(item[1].get("unit")).startswith("bits/")]
         metric = measured[-1] if measured else None
         if as_json:
             facts = {"name": name, "modality": config["codec"]["kind"], "bytes": size}

@@ -14,7 +14,7 @@ DEFAULTS = {
     "image": SamplingConfig(temperature=0.92),  # at 1, errors add up: noisier than the data
     "audio": SamplingConfig(temperature=0.9),
 }
-GUIDANCE = {"text": 1.0, "image": 1.0, "audio": 2.0}  # by the class, where one is asked for
+GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 2.0}  # by the class, where one is asked for
 MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
 CRITERIA = ("bits", "class")  # by which ranking chooses
 

@@ -18,6 +18,7 @@ from genssm.interface.components import kept, live, seed_row, status_line
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, polite, polite_answer, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
+from genssm.request import GUIDANCE
 
 PICTURES = 16  # the most of one request
 SURPRISE = 24.0  # bits of a pixel that are the end of the scale
@@ -48,7 +49,7 @@ class Drawer:
         label: str = ANY,
         count: float = 4,
         temperature: float = 0.92,
-        guidance: float = 1.0,
+        guidance: float = GUIDANCE["image"],
         upload: str | None = None,
         keep_rows: float = 16,
         seed: float | None = -1,
@@ -125,7 +126,9 @@ class Drawer:
                     preview = live("preview", label="Preview", elem_id="draw-preview")
                 with gr.Accordion("Settings", open=False):
                     heat = gr.Slider(0, 1.5, 0.92, step=0.01, label="Temperature")
-                    guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance (stresses the class)")
+                    guidance = gr.Slider(
+                        0, 8, GUIDANCE["image"], step=0.1, label="Guidance (stresses the class)"
+                    )
                     seed, reuse = seed_row("draw-seed")
             with gr.Column(scale=3, min_width=320):
                 page = live("pictures", label="Rows of pixels", elem_id="draw-page")

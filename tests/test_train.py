@@ -208,6 +208,39 @@ def test_killed_training_goes_on_from_its_last_save(data: dict[str, Path], tmp_p
     assert_same_weights(killed, whole)
 
 
+@pytest.mark.parametrize("modality", ["text", "audio"])
+def test_a_damaged_token_cache_is_noticed_and_changes_nothing(
+    modality: str, data: dict[str, Path], tmp_path: Path
+):
+    recipe, source = RECIPES[modality], data[modality]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(recipe, source, whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, source, halves, validate_minutes=0,
+              report=interrupt_at(3, signal.SIGTERM))  # fmt: skip
+    (cache,) = halves.glob("tokens-*.bin")
+    made = cache.read_bytes()
+    cache.write_bytes(made[:40] + bytes([made[40] ^ 1]) + made[41:])
+    with pytest.warns(UserWarning, match="is damaged: its checksum differs; it is made again"):
+        train(recipe, source, halves, resume=True)
+    assert cache.read_bytes() == made
+    assert_same_weights(halves, whole)
+
+
+def test_a_training_stops_at_a_damaged_file_or_leaves_it_out_as_asked(
+    data: dict[str, Path], tmp_path: Path
+):
+    folder, out = data["audio"] / "train", tmp_path / "out"
+    (folder / "low_0.wav").write_bytes(b"no sound")
+    with pytest.raises(ValueError, match=r"low_0.wav' is not a readable sound file"):
+        train(RECIPES["audio"], data["audio"], out)
+    with pytest.warns(UserWarning, match=r"left out: .*low_0.wav"):
+        train(RECIPES["audio"].changed({"on_corrupt": "skip"}), data["audio"], out)
+    (folder / "low_0.wav").unlink()
+    train(RECIPES["audio"], data["audio"], tmp_path / "without")
+    assert_same_weights(out, tmp_path / "without")
+
+
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(
     data: dict[str, Path], tmp_path: Path
 ):

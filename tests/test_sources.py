@@ -11,6 +11,8 @@ import pytest
 from genssm import sources
 from genssm.codec import Audio, Image, Text
 from genssm.data import Example, documents_of_rows, read_documents, read_examples
+from genssm.preparation import prepare
+from genssm.recipes import RECIPES
 from genssm.sources import PUBLIC, PublicSet, Split, comes_in_splits, open_split
 
 IMAGE = Image(4, 4, 3, labels=("cat", "dog"))
@@ -180,6 +182,33 @@ def test_digits_are_read_where_torchaudios_class_unpacked_them(commands: Path):
     assert [e.label for e in sources.read_examples(commands, AUDIO)] == ["two", "one"]
     with pytest.raises(ValueError, match="sc09 is audio, the recipe is for text"):
         open_split(commands, "train", "text")
+
+
+def test_the_recipe_sc09_reads_them(commands: Path, tmp_path: Path):
+    recipe = RECIPES["sc09"].changed({"batch_size": 2, "length": 128})
+    prepared = prepare(recipe, commands, tmp_path / "out", None, None)
+    assert [e.label for e in prepared.validation] == ["two", "one"]
+    assert len(prepared.validation[0].raw) == 50 * 2  # of 8 kHz files, at 16 kHz
+    starts = {int(row[0]) for step in range(20) for row in prepared.batch(step).tokens}
+    assert starts == {prepared.codec.start(label) for label in ("any", "one", "two")}
+
+
+def test_the_recipe_mnist_reads_its_table(tmp_path: Path, write_picture: Callable[..., Path]):
+    """Grey pictures and classes by name, as in the public set."""
+    pictures = [np.full((28, 28), 20 * i, np.uint8) for i in range(10)]
+    files = [write_picture(tmp_path / f"{i}.png", p) for i, p in enumerate(pictures)]
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    digits = [str(i) for i in range(10)]
+    for split in ("train", "validation"):
+        table = {"image": cells, "label": list(range(10))}
+        write_table(tmp_path / "mnist" / f"{split}.parquet", table, digits)
+    prepared = prepare(RECIPES["mnist"], tmp_path / "mnist", tmp_path / "out", None, None)
+    assert [e.label for e in prepared.validation] == digits
+    tokens = prepared.batch(0).tokens
+    assert tokens.shape == (8, 785)
+    for row in tokens:
+        label = prepared.codec.label_of(int(row[0]))
+        assert label is None or int(row[1]) == 20 * int(label)
 
 
 def test_what_is_listed_and_missing_is_fatal_or_left_out(commands: Path):

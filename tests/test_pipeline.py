@@ -175,9 +175,10 @@ def tokens_of(samples: list[Sample]) -> list[list[int]]:
 def test_a_state_is_continued_as_its_prompt(
     pipes: dict[str, Pipeline], modality: str, prompt: str, tmp_path: Path
 ) -> None:
+    """A state is never guided, so neither is the prompt here."""
     pipe = pipes[modality]
     state = pipe.read(prompt)
-    expected = pipe.sample(prompt, count=3, max_tokens=20, seed=8)
+    expected = pipe.sample(prompt, count=3, max_tokens=20, seed=8, guidance=1.0)
     forked = pipe.sample(state=state, count=3, max_tokens=20, seed=8)
     assert tokens_of(forked) == tokens_of(expected)
     assert [s.token_bits for s in forked] == [s.token_bits for s in expected]

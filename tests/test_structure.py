@@ -64,6 +64,7 @@ ORDER = (
 INTERFACE = (
     "growth",
     "uploads",
+    "offline",
     "theme",
     "house",
     "components",

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from genssm.interface import uploads
 from genssm.interface.draw import Drawer
 from genssm.interface.house import House
 from genssm.interface.inside import Inspector
+from genssm.interface.offline import LocalFiles, refuse_addresses
 from genssm.interface.speak import Speaker
 from genssm.interface.theme import STYLE, build_theme
 from genssm.interface.write import Writer
@@ -41,6 +43,7 @@ def build_page(house: House) -> gr.Blocks:
             spoken = Speaker(house).build()
         with gr.Tab("Inside", elem_id="tab-inside") as inside:
             Inspector(house).build(inside, written, drawn, spoken)
+    refuse_addresses(page)
     return page.queue(max_size=128)
 
 
@@ -60,6 +63,7 @@ def launch(
         state_session_capacity=500,
         footer_links=["api"],
         ssr_mode=False,
+        app_kwargs={"middleware": [Middleware(LocalFiles)]},
         **settings,
     )
 

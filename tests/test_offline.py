@@ -1,0 +1,124 @@
+"""The server of the page fetches nothing, whatever address it is sent."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="the page needs the extra [app]")
+
+from genssm.interface import uploads
+from genssm.interface.house import House
+from genssm.interface.page import build_page, launch
+
+ADDRESSES = (
+    "http://example.com/photo.png",
+    "https://example.com/photo.png",
+    "http://169.254.169.254/latest/meta-data",
+)
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[list[Any]]:
+    """The hosts that anything in this process has asked for, but for this machine."""
+    hosts: list[Any] = []
+    find, connect = socket.getaddrinfo, socket.socket.connect
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in ("127.0.0.1", "localhost", None):
+            hosts.append(host)
+            raise socket.gaierror("there is no network in this test")
+        return find(host, *args, **kwargs)
+
+    def connecting(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1"):
+            hosts.append(address)
+            raise OSError("there is no network in this test")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        patch.setattr(socket.socket, "connect", connecting)
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def site(asked: list[Any]) -> Iterator[str]:
+    """The address of the page, which asked for nothing when it started."""
+    page = build_page(House())
+    launch(page, prevent_thread_lock=True, quiet=True)
+    assert asked == []
+    yield page.local_url
+    page.close()
+
+
+def call(site: str, endpoint: str, data: list[Any]) -> str:
+    """The events that a request over HTTP is answered with."""
+    request = urllib.request.Request(
+        f"{site}gradio_api/call/{endpoint}",
+        json.dumps({"data": data}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{site}gradio_api/call/{endpoint}/{event}") as answer:
+        return answer.read().decode()
+
+
+def file_at(place: str, **others: Any) -> dict[str, Any]:
+    return {"path": place, "meta": {"_type": "gradio.FileData"}, **others}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_in_the_place_of_a_file_is_refused(
+    site: str, asked: list[Any], address: str
+) -> None:
+    for endpoint, data in (
+        ("draw", ["any", 1, 0.9, 1, file_at(address), 16, 1]),
+        ("speak", ["7", "any", 1, 0.9, "× 1", file_at(address), 1]),
+        ("write", [file_at(address), 10, 0.8, 0.95, 1, 1]),  # where no file belongs
+    ):
+        answer = call(site, endpoint, data)
+        assert "event: error" in answer
+        assert "An address is not fetched; send the file itself." in answer
+    assert asked == []
+
+
+def test_the_address_of_a_file_beside_its_path_is_not_followed(site: str, asked: list[Any]) -> None:
+    upload = file_at("/tmp/gradio/nowhere.png", url=ADDRESSES[0])
+    assert "event: error" in call(site, "draw", ["any", 1, 0.9, 1, upload, 16, 1])
+    assert asked == []
+
+
+@pytest.mark.parametrize("way", ["file=", "file/", "proxy="])
+def test_the_server_hands_on_nothing_from_elsewhere(site: str, asked: list[Any], way: str) -> None:
+    for address in ADDRESSES:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{site}gradio_api/{way}{address}")
+        assert 400 <= refused.value.code < 500
+    assert asked == []
+
+
+def test_files_of_the_server_are_no_uploads(site: str) -> None:
+    for secret in ("/etc/passwd", __file__):
+        answer = call(site, "draw", ["any", 1, 0.9, 1, file_at(secret), 16, 1])
+        assert "event: error" in answer
+        assert secret not in answer
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{site}gradio_api/file={secret}")
+        assert refused.value.code in (403, 404)
+
+
+def test_an_upload_over_the_limit_is_refused_as_it_arrives(site: str) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + b"\0" * (uploads.BYTES + 1) + b"\r\n--x--\r\n"
+    request = urllib.request.Request(
+        f"{site}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 413

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -206,11 +207,12 @@ def sample(
         job = _repeated(context) if like else _requested(context)
         pipe, plan = job.pipe, job.plan
         if save_state is not None:
-            if len(plan.indices) > 1:
+            if len(plan.indices) > 1 or job.then:
                 raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
             files.check_target(save_state, force)
-        output = files.Output(pipe, out, len(plan.indices) // job.request.rank, force, job.prompt)
-        sessions = pipe.batches(plan, job.state)
+        count = len(plan.indices) // job.request.rank
+        output = files.Output(pipe, out, count, force, job.prompt, job.pause)
+        sessions = itertools.chain(pipe.batches(plan, job.state), *map(pipe.batches, job.then))
     except CheckpointError:
         raise
     except ValueError as error:
@@ -277,6 +279,8 @@ class _Job:
     state: Reading | None
     prompt: str | None  # as it was given
     request: Request
+    then: tuple[Plan, ...] = ()  # of what follows in the same sound,
+    pause: float | None = None  # after so many seconds; None where nothing does
 
 
 def _requested(context: typer.Context) -> _Job:
@@ -317,7 +321,8 @@ def _repeated(context: typer.Context) -> _Job:
         raise UsageError(f"the file was made by the model {model!r:.200}; give it with --model")
     pipe = pipeline.load(model).at_recipe(recipe)
     state = None if options["state"] is None else pipe.load_state(options["state"])
-    return _Job(pipe, recipe.plan, state, recipe.prompt, Request())
+    pause = recipe.pause if recipe.then else None
+    return _Job(pipe, recipe.plan, state, recipe.prompt, Request(), recipe.then, pause)
 
 
 def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:

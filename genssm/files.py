@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -113,13 +114,14 @@ class Output:
     """Where the samples of one command go: decided, and refused, before anything is drawn.
 
     ``target``: None (text on stdout), "-" (bytes on stdout) or a path. ``prompt``: as it was given,
-    for the recipes.
+    for the recipes. ``pause``: seconds between sounds that share one file; None for a file each.
     """
 
     def __init__(
-        self, pipe: Pipeline, out: str | None, count: int, force: bool, prompt: str | None = None
-    ) -> None:
-        self.pipe, self.count, self.prompt = pipe, count, prompt
+        self, pipe: Pipeline, out: str | None, count: int, force: bool,
+        prompt: str | None = None, pause: float | None = None,
+    ) -> None:  # fmt: skip
+        self.pipe, self.count, self.prompt, self.pause = pipe, count, prompt, pause
         suffixes = {"text": (), "image": (".png",), "audio": SOUNDS[:3]}[pipe.modality]
         self.target: str | Path | None = "-" if out == "-" else None
         if out not in (None, "-"):
@@ -172,16 +174,14 @@ class Output:
             return [self._noted(png(grid([s.raw for s in samples])), samples)]
         if isinstance(codec, Audio):
             assert isinstance(self.target, Path | str)
-            suffix = Path(self.target).suffix.lower() or ".wav"
-            return [
-                self._noted(sound(s.raw, codec.rate, suffix.removeprefix(".")), [s])
-                for s in samples
-            ]
+            kind = (Path(self.target).suffix.lower() or ".wav").removeprefix(".")
+            if self.pause is not None:
+                return [sounds_in_a_row(self.pipe, samples, self.pause, self.prompt, kind)]
+            return [self._noted(sound(s.raw, codec.rate, kind), [s]) for s in samples]
         return ["".join(f"{s.raw}\n" for s in samples).encode()]
 
     def _noted(self, content: bytes, samples: list[Sample]) -> bytes:
-        made = self.pipe.recipe(samples, self.prompt)
-        return content if made is None else notes.add(content, json.dumps(made.to_json()))
+        return noted(content, self.pipe.recipe(samples, self.prompt))
 
     def facts(self, sample: Sample, file: str | None) -> dict[str, Any]:
         """One line of ``--json``."""
@@ -209,6 +209,25 @@ class Output:
         if self.pipe.modality != "image":
             return ""
         return half_blocks(grid([s.raw for s in samples[:4]], columns=4))
+
+
+def noted(content: bytes, made: Recipe | None) -> bytes:
+    """A PNG or WAV file with a recipe inside, if there is one."""
+    return content if made is None else notes.add(content, json.dumps(made.to_json()))
+
+
+def sounds_in_a_row(
+    pipe: Pipeline, samples: Sequence[Sample], pause: float, prompt: str | None, kind: str = "wav"
+) -> bytes:
+    """Samples of sound one after the other, ``pause`` seconds between them, as a sound file.
+
+    A WAV file holds the recipe of all.
+    """
+    assert isinstance(pipe.codec, Audio)
+    silence = np.zeros(round(pause * pipe.codec.rate), np.float32)
+    waves = [wave for sample in samples for wave in (silence, sample.raw)]
+    content = sound(np.concatenate(waves[1:]), pipe.codec.rate, kind)
+    return noted(content, pipe.recipe_of_row(samples, pause, prompt))
 
 
 def grid(pictures: list[np.ndarray], columns: int | None = None, gap: int = 2) -> np.ndarray:

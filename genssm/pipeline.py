@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -464,10 +464,23 @@ class Pipeline:
         plan = replace(plan, indices=tuple(s.index for s in samples))
         return Recipe(self.name, self.content_hash, self.rate, self.stepped_weights, prompt, plan)
 
-    def at_recipe(self, recipe: Recipe) -> Pipeline:
-        """This model at the rate and with the weights of a recipe, whose plan then is one for it.
+    def recipe_of_row(
+        self, samples: Sequence[Sample], pause: float, prompt: str | None = None
+    ) -> Recipe | None:
+        """How to make a sound again whose parts are these samples, each of a plan of its own.
 
-        Raises RecipeError if another checkpoint made it or the plan does not fit.
+        ``pause``: seconds between them; see ``files.in_a_row``. None for very long prompts.
+        """
+        parts = [self.recipe([sample], prompt) for sample in samples]
+        found = [part for part in parts if part is not None]
+        if not found or len(found) < len(parts):
+            return None
+        return replace(found[0], then=tuple(part.plan for part in found[1:]), pause=pause)
+
+    def at_recipe(self, recipe: Recipe) -> Pipeline:
+        """This model at the rate and with the weights of a recipe, whose plans then are for it.
+
+        Raises RecipeError if another checkpoint made it or a plan does not fit.
         """
         if recipe.checkpoint != self.content_hash:
             raise RecipeError(
@@ -476,7 +489,10 @@ class Pipeline:
             )
         try:
             pipe = self.at_rate(recipe.rate)
-            pipe._check(recipe.plan)
+            for plan in recipe.plans:
+                pipe._check(plan)
+            if recipe.then and not isinstance(pipe.codec, Audio):
+                raise ValueError("only sound has several parts")
             if recipe.weights != pipe.stepped_weights:
                 pipe = pipe._with(weights=recipe.weights)
         except ValueError as error:
@@ -490,7 +506,8 @@ class Pipeline:
 
     def repeat(self, recipe: Recipe, *, state: Reading | None = None) -> list[Sample]:
         """Make the samples of a recipe again, exactly; ``state``: what they continued."""
-        sessions = self.at_recipe(recipe).batches(recipe.plan, state)
+        pipe = self.at_recipe(recipe)
+        sessions = chain(pipe.batches(recipe.plan, state), *map(pipe.batches, recipe.then))
         return [sample for session in sessions for sample in session.run()]
 
     def prompt_tokens(

@@ -15,7 +15,9 @@ from genssm.settings import check_types
 
 FORMAT_VERSION = 1
 LARGEST = 2**22  # characters of JSON
-MOST_TOKENS = 2**18  # of a prompt
+MOST_TOKENS = 2**18  # of all prompts
+MOST_PARTS = 64  # of a sound
+LONGEST_PAUSE = 10.0  # seconds
 
 
 class RecipeError(ValueError):
@@ -24,7 +26,11 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The model, the checkpoint's content hash, the plan of the samples in one file."""
+    """The model, the checkpoint's content hash, the plan of the samples in one file.
+
+    A sound may consist of several samples: the first plan's, then one of each in ``then``, with
+    ``pause`` seconds of silence between them.
+    """
 
     model: str
     checkpoint: str  # content hash
@@ -32,11 +38,20 @@ class Recipe:
     weights: str  # that the model was stepped with: "fp32", "bf16" or "int8"
     prompt: str | None  # as it was given, for people; the plan holds the tokens
     plan: Plan
+    then: tuple[Plan, ...] = ()
+    pause: float = 0.0
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All of them, in the order of the file."""
+        return (self.plan, *self.then)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able facts, from which ``from_json`` makes the recipe again."""
         facts: dict[str, Any] = {"genssm_recipe": FORMAT_VERSION, **asdict(self)}
         plan: dict[str, Any] = facts.pop("plan")
+        if not self.then:
+            del facts["then"], facts["pause"]
         return facts | plan
 
 
@@ -61,29 +76,58 @@ def from_json(facts: Any) -> Recipe:
         raise RecipeError(
             f"the recipe has format version {version!r:.40}, this genssm reads {FORMAT_VERSION}"
         )
-    ours = {f.name for f in fields(Recipe)} - {"plan"}
-    parts = [
-        (rest, ours | {f.name for f in fields(Plan)}),
-        (rest.get("sampling"), {f.name for f in fields(SamplingConfig)}),
-    ]
-    for part, known in parts:
-        if not isinstance(part, dict) or set(part) != known:
-            raise RecipeError(f"the recipe must set exactly {', '.join(sorted(known))}")
+    row = {name: rest.pop(name) for name in ("then", "pause") if name in rest}
+    plans, ours = {f.name for f in fields(Plan)}, {f.name for f in fields(Recipe)}
+    ours -= {"plan", "then", "pause"}
+    _check_keys(rest, ours | plans)
+    own = {name: rest.pop(name) for name in ours}
     try:
-        own = {name: rest.pop(name) for name in ours}
-        rest["sampling"] = SamplingConfig(**rest["sampling"])
-        plan = Plan(**rest)
-        recipe = Recipe(**own, plan=plan)
+        then = tuple(_plan(part) for part in _parts(row))
+        recipe = Recipe(**own, plan=_plan(rest), then=then, pause=row.get("pause", 0.0))
         check_types(recipe)
+    except RecipeError:
+        raise
     except ValueError as error:
         raise RecipeError(f"the recipe is damaged: {error!s:.200}") from error
+    _check_sizes(recipe)
+    return recipe
+
+
+def _check_keys(facts: Any, known: set[str]) -> None:
+    if not isinstance(facts, dict) or set(facts) != known:
+        raise RecipeError(f"the recipe must set exactly {', '.join(sorted(known))}")
+
+
+def _plan(facts: Any) -> Plan:
+    _check_keys(facts, {f.name for f in fields(Plan)})
+    _check_keys(facts["sampling"], {f.name for f in fields(SamplingConfig)})
+    return Plan(**{**facts, "sampling": SamplingConfig(**facts["sampling"])})
+
+
+def _parts(row: dict[str, Any]) -> list[Any]:
+    """The plans after the first, not yet looked at."""
+    if not row:
+        return []
+    parts = row.get("then")
+    if len(row) != 2 or not isinstance(parts, list) or not 0 < len(parts) < MOST_PARTS:
+        raise RecipeError(
+            f"a recipe of several parts needs a pause and 1 … {MOST_PARTS - 1} plans in then"
+        )
+    return parts
+
+
+def _check_sizes(recipe: Recipe) -> None:
     if not 0 < recipe.rate < 1e6:
         raise RecipeError(f"the recipe is damaged: its rate is {recipe.rate}")
-    if len(plan.indices) > MOST_SAMPLES or len(plan.tokens) > MOST_TOKENS:
+    if not 0 <= recipe.pause <= LONGEST_PAUSE:
+        raise RecipeError(f"the recipe is damaged: its pause is {recipe.pause}")
+    if recipe.then and any(len(plan.indices) > 1 for plan in recipe.plans):
+        raise RecipeError("the recipe is damaged: every part of a sound is one sample")
+    samples = sum(len(plan.indices) for plan in recipe.plans)
+    if samples > MOST_SAMPLES or sum(len(plan.tokens) for plan in recipe.plans) > MOST_TOKENS:
         raise RecipeError(
             f"a recipe makes at most {MOST_SAMPLES} samples from at most {MOST_TOKENS} tokens"
         )
-    return recipe
 
 
 def join(recipes: list[Recipe]) -> Recipe:

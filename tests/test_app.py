@@ -17,6 +17,7 @@ gr = pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
 from genssm import checkpoint, files  # noqa: E402
 from genssm.checkpoint import Checkpoint  # noqa: E402
+from genssm.cli import main  # noqa: E402
 from genssm.codec import Audio, Image  # noqa: E402
 from genssm.interface import house as houses  # noqa: E402
 from genssm.interface import speak as speaking  # noqa: E402
@@ -156,6 +157,14 @@ def test_stopping_keeps_what_was_drawn(house: House, monkeypatch: pytest.MonkeyP
     assert 0 < len(sample.tokens) < 10**5
     assert whole["done"]
     assert text == sample.raw
+
+
+def test_what_does_not_fit_is_an_error_for_the_very_first_visitor_too() -> None:
+    """Who was told that the model is loading."""
+    with pytest.raises(gr.Error, match="A seed is a whole number"):
+        list(Writer(House()).write("The", 5, seed=0.5))
+    with pytest.raises(gr.Error, match="lone surrogate"):
+        list(Writer(House()).write("\ud800", 5))
 
 
 # The house
@@ -436,11 +445,63 @@ def test_speaking_says_digit_after_digit(house: House) -> None:
     assert spoken.seed == 3
 
 
-def test_one_digit_carries_its_recipe(house: House) -> None:
-    *_, (file, whole, _, _) = Speaker(house).speak("7", seconds=0.3, seed=1)
+def repeated(file: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What ``genssm sample --like FILE`` makes."""
+    monkeypatch.setattr("sys.argv", ["genssm", "sample", "--like", file, "--out", str(target)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    return target
+
+
+@pytest.mark.parametrize(("number", "rate"), [("7", "× 1"), ("407", "× 1"), ("42", "× 0.5")])
+def test_a_number_carries_the_recipe_of_all_its_digits(
+    house: House, number: str, rate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speak = Speaker(house).speak(number, seconds=0.3, output_rate=rate, seed=1)
+    *_, (file, whole, _, _) = speak
     assert file is not None
-    (again,) = house.pipe("audio").repeat(files.read_recipe(Path(file)))
-    np.testing.assert_allclose(sound_of(whole["items"]) / 32767, again.raw, atol=1e-4)
+    recipe = files.read_recipe(Path(file))
+    assert len(recipe.plans) == len(number)
+    again = repeated(file, tmp_path / "again.wav", monkeypatch)
+    assert again.read_bytes() == Path(file).read_bytes()
+    np.testing.assert_allclose(sound_of(whole["items"]), read_sound(file)[1], atol=1)
+    parts = [s.raw for s in house.pipe("audio").repeat(recipe)]
+    gaps = (len(number) - 1) * round(0.12 * whole["items"][0]["rate"])
+    assert len(read_sound(file)[1]) == sum(map(len, parts)) + gaps
+
+
+def test_a_number_that_was_stopped_is_repeated_as_far_as_it_came(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(houses, "UPDATES", 1000)
+    speaking = Speaker(house).speak("407", seed=1)
+    for _, message, _, spoken in speaking:
+        pauses = [i for i in message["items"] if isinstance(i, str) and set(i) == {"A"}]
+        if pauses:  # the second digit has begun
+            houses.stop(spoken.visit)
+            break
+    *_, (file, _, _, _) = speaking
+    assert file is not None
+    recipe = files.read_recipe(Path(file))
+    assert len(recipe.plans) < 3
+    again = repeated(file, tmp_path / "again.wav", monkeypatch)
+    assert again.read_bytes() == Path(file).read_bytes()
+
+
+def test_a_clip_is_repeated_with_what_followed(
+    house: House,
+    write_sound: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wave = 0.5 * np.sin(np.arange(4000) / 7).astype(np.float32)
+    clip = write_sound(tmp_path / "a.wav", wave)
+    *_, (file, whole, _, _) = Speaker(house).speak(seconds=0.2, upload=str(clip), seed=1)
+    assert file is not None
+    again = repeated(file, tmp_path / "again.wav", monkeypatch)
+    assert again.read_bytes() == Path(file).read_bytes()
+    np.testing.assert_allclose(sound_of(whole["items"]), read_sound(file)[1], atol=1)
 
 
 def test_a_clip_goes_on_behind_the_seam_at_another_rate(

@@ -15,6 +15,10 @@ from genssm.sampling import SamplingConfig
 
 PLAN = Plan((1, 5), SamplingConfig(temperature=0.5), 10, ("stop",), 7, (0, 3))
 RECIPE = Recipe("wiki", "00ff", 1.0, "bf16", "a prompt", PLAN)
+PART = replace(PLAN, indices=(0,))
+ROW = replace(
+    RECIPE, plan=PART, then=(replace(PART, tokens=(2,)), replace(PART, seed=8)), pause=0.12
+)
 
 
 def changed(**facts: Any) -> str:
@@ -24,6 +28,15 @@ def changed(**facts: Any) -> str:
 def test_a_recipe_survives_json() -> None:
     assert parse(changed()) == RECIPE
     assert parse(changed().encode()) == RECIPE
+    assert parse(json.dumps(ROW.to_json())) == ROW
+    assert [plan.seed for plan in ROW.plans] == [7, 7, 8]
+
+
+def row(**facts: Any) -> str:
+    return json.dumps(ROW.to_json() | facts)
+
+
+PARTS = ROW.to_json()["then"]
 
 
 def without(key: str) -> str:
@@ -70,6 +83,19 @@ def without(key: str) -> str:
         (changed(tokens=[1] * 300_000), "at most 262144 tokens"),
         (changed(guidance=1e9), "is damaged: guidance must lie"),
         (changed(state=3), "is damaged: state must be"),
+        (changed(pause=1), "several parts needs a pause and 1 … 63 plans"),
+        (row(then=[]), "several parts needs"),
+        (row(then=3), "several parts needs"),
+        (row(then=PARTS * 40), "several parts needs"),
+        (row(then=[3]), "must set exactly"),
+        (row(then=[PARTS[0] | {"sampling": None}]), "must set exactly"),
+        (row(then=[PARTS[0] | {"then": []}]), "must set exactly"),
+        (row(then=[PARTS[0] | {"seed": -1}]), "is damaged: the seed must lie"),
+        (row(then=[PARTS[0] | {"indices": [0, 1]}]), "every part of a sound is one sample"),
+        (row(then=[PARTS[0] | {"tokens": [1] * 300_000}]), "at most 262144 tokens"),
+        (row(pause=None), "is damaged: pause must be float"),
+        (row(pause=-1), "is damaged: its pause is -1"),
+        (row(pause=1e9), "is damaged: its pause is"),
     ],
 )
 def test_what_is_no_recipe_is_refused(text: str | bytes, message: str) -> None:

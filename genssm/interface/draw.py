@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from genssm import files, notes
+from genssm import files
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_row, status_line
@@ -154,10 +153,8 @@ def picture_file(pipe: Pipeline, samples: Sequence[Sample], prompt: Any) -> str 
     """The pictures side by side as a PNG file with the recipe inside; None if there are none."""
     if not samples or not any(s.tokens for s in samples):
         return None
-    content = files.png(files.grid([s.raw for s in samples]))
     recipe = pipe.recipe(samples, prompt if isinstance(prompt, str) else None)
-    if recipe is not None:
-        content = notes.add(content, json.dumps(recipe.to_json()))
+    content = files.noted(files.png(files.grid([s.raw for s in samples])), recipe)
     return kept(f"{Path(pipe.name).name}-{samples[0].seed}.png", content)
 
 

@@ -123,13 +123,21 @@ class House:
         """Wait in line for a place, then begin a request; yields what a visitor is told meanwhile.
 
         Afterwards ``visit.job`` is the request, or None for a visitor who left. No seed, or a
-        negative one, is a new seed. Raises ValueError for what does not fit, and BusyError when
-        too many wait.
+        negative one, is a new seed. Raises gradio.Error, for nothing is made yet that it could
+        cover, when something does not fit or too many wait.
         """
+        try:
+            settings = {**settings, "seed": chosen_seed(seed), "seconds": SECONDS}
+            yield from self._waiting(visit, modality, prompt, rate, settings)
+        except (ValueError, BusyError) as error:
+            raise gr.Error(sentence(error), print_exception=False) from None
+
+    def _waiting(
+        self, visit: Visit, modality: str, prompt: Raw, rate: float, settings: dict[str, Any]
+    ) -> Iterator[str]:
         if (modality, rate) not in self._schedulers:
             yield "loading the model …"
         scheduler = self.scheduler(modality, rate)
-        settings = {**settings, "seed": chosen_seed(seed), "seconds": SECONDS}
         line = self._lines.setdefault((modality, rate), [])
         with self._lining:
             if len(line) >= WAITING:

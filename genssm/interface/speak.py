@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from genssm import files, notes
+from genssm import files
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_row, status_line
@@ -73,7 +72,7 @@ class Speaker:
             "max_tokens": int(length * codec.rate),
         }
         if upload is not None:
-            prompts: list[Any] = [uploads.clip(upload, codec, SECONDS)]
+            prompts: list[Any] = [heard(uploads.clip(upload, codec, SECONDS), codec)]
         else:
             prompts = self._labels(words, speaker)
         yield from self._spoken(prompts, rate, chosen_seed(seed), settings)
@@ -106,15 +105,13 @@ class Speaker:
         growth, pace = Growth([layout]), _Pace(codec.rate)
         if clip is not None:
             growth.message([packed_sound(clip)])
-        waves = [] if clip is None else [clip]
         spoken, made = Spoken(Visit(), seed, rate), []
         for i, prompt in enumerate(prompts):
             if spoken.visit.left:
                 break
             if i:
                 spoken.visit = Visit()  # of the next digit
-                waves.append(np.zeros(int(PAUSE * codec.rate), np.float32))
-                growth.message([packed_sound(waves[-1])])
+                growth.message([packed_sound(np.zeros(round(PAUSE * codec.rate)))])
             visit = spoken.visit
             for told in self.house.begin(
                 visit, "audio", prompt, rate=rate, seed=seed + i, **settings
@@ -125,15 +122,13 @@ class Speaker:
                 break
             for pieces in updates(visit.job):
                 blocks = [block for _, block in pieces]
-                waves += blocks
                 pace.drawn(sum(map(len, blocks)))
                 news = [packed_sound(block) for block in blocks]
                 message = growth.message(news) | {"play": pace.live}
                 yield None, message, self._status(spoken), spoken
             made += visit.samples()
-        wave = np.concatenate(waves) if waves else np.zeros(0, np.float32)
         whole = growth.whole(play=None if spoken.visit.left else pace.live)  # None: in silence
-        content = sound_file(pipe, wave, made, prompts) if made else None
+        content = sound_file(pipe, made, prompts) if made else None
         yield content, whole, self._status(spoken), spoken
 
     def _status(self, spoken: Spoken) -> str:
@@ -224,17 +219,15 @@ def speakers(codec: Codec) -> list[str]:
     return found
 
 
-def sound_file(
-    pipe: Pipeline, wave: np.ndarray, samples: Sequence[Sample], prompts: Sequence[Any]
-) -> str:
-    """A sound as a WAV file; with the recipe inside where it is one sample."""
-    assert isinstance(pipe.codec, Audio)
-    content = files.sound(wave, pipe.codec.rate, "wav")
-    if len(samples) == 1:
-        prompt = prompts[0] if isinstance(prompts[0], str) else None
-        recipe = pipe.recipe(samples, prompt)
-        if recipe is not None:
-            content = notes.add(content, json.dumps(recipe.to_json()))
+def heard(wave: np.ndarray, codec: Audio) -> np.ndarray:
+    """A clip as the model hears it, so that it is again the same when it is repeated."""
+    return codec.decode(codec.encode(wave))
+
+
+def sound_file(pipe: Pipeline, samples: Sequence[Sample], prompts: Sequence[Any]) -> str:
+    """Samples in a row as a WAV file with the recipe inside."""
+    prompt = " ".join(prompts) if isinstance(prompts[0], str) else None
+    content = files.sounds_in_a_row(pipe, samples, PAUSE, prompt)
     return kept(f"{Path(pipe.name).name}-{samples[0].seed}.wav", content)
 
 

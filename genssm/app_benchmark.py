@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -45,14 +47,19 @@ class Errand:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[tuple[str, int, float]]:
-    """The page as a process of its own: its address, its process id, seconds until it answered."""
+def server(**environment: str) -> Iterator[tuple[str, int, float]]:
+    """The page as a process of its own: its address, its process id, seconds until it answered.
+
+    ``environment``: variables that it sees besides those of this process.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     began = time.perf_counter()
     command = [sys.executable, "-m", "genssm.cli", "app", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
+    )
     try:
         url = f"http://127.0.0.1:{port}/"
         while True:
@@ -157,6 +164,38 @@ def benchmark_app(
          "seconds_to_first_output_cold": started + (cold.first or 0.0)},
         done, last, (before, middle, after), report,
     )  # fmt: skip
+
+
+def measure_cold_start(report: Report = lambda line: None) -> dict[str, Any]:
+    """From a new process and an empty cache of compiled code to a whole text. JSON-able.
+
+    Seconds from the start of the process until it answers, until the first token of the first
+    text and until its end.
+    """
+    from gradio_client import Client
+
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        server(NUMBA_CACHE_DIR=empty) as (url, _, started),
+    ):
+        began = time.perf_counter()
+        first = errand(Client(url, verbose=False), 0)
+        came = time.perf_counter() - began - first.seconds  # of the client: what it reads first
+        compiled = any(Path(empty).rglob("*.nbc"))
+    facts = {
+        "seconds_to_answer": started,
+        "seconds_to_first_output": None if first.first is None else started + came + first.first,
+        "seconds_to_first_text": started + came + first.seconds,
+        "outcome": first.outcome,
+        "compiled": compiled,
+        "machine": machine("cpu"),
+    }
+    report(
+        f"cold start: the page answers after {started:.1f} s, its first text ({first.outcome}) "
+        f"begins after {facts['seconds_to_first_output'] or 0:.1f} s and is whole after "
+        f"{facts['seconds_to_first_text']:.1f} s"
+    )
+    return facts
 
 
 def _summed_up(

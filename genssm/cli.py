@@ -691,7 +691,7 @@ def page(
 ) -> None:
     """Open the page for the browser: write, draw, speak, look inside."""
     _require_gradio()
-    from genssm.interface.page import serve
+    from genssm.interface.serving import serve
 
     serve(models or [], port=port, share=share)
 
@@ -709,15 +709,19 @@ def load(
     ] = None,
     visitors: Annotated[int, typer.Option(min=1, max=256, help="At the same time.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="How long they keep coming.")] = 60,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Only the first text of a new process with nothing compiled."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Measure the page: simulated visitors on three tabs, their waiting time, the memory."""
     _require_gradio()
-    from genssm.app_benchmark import benchmark_app
+    from genssm.app_benchmark import benchmark_app, measure_cold_start
     from genssm.checkpoint import replace_file
 
     _check_new(out, force)
-    facts = benchmark_app(visitors, seconds, _say)
+    facts = measure_cold_start(_say) if cold else benchmark_app(visitors, seconds, _say)
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(out, lambda file: file.write_text(text))

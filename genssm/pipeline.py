@@ -469,7 +469,7 @@ class Pipeline:
     ) -> Recipe | None:
         """How to make a sound again whose parts are these samples, each of a plan of its own.
 
-        ``pause``: seconds between them; see ``files.in_a_row``. None for very long prompts.
+        ``pause``: seconds between them; see ``files.sounds_in_a_row``. None for very long prompts.
         """
         parts = [self.recipe([sample], prompt) for sample in samples]
         found = [part for part in parts if part is not None]

@@ -22,9 +22,10 @@ from genssm.codec import Audio, Image  # noqa: E402
 from genssm.interface import house as houses  # noqa: E402
 from genssm.interface import speak as speaking  # noqa: E402
 from genssm.interface import uploads  # noqa: E402
+from genssm.interface.courtesy import polite, sentence  # noqa: E402
 from genssm.interface.draw import Drawer, surprise_map  # noqa: E402
 from genssm.interface.growth import Growth  # noqa: E402
-from genssm.interface.house import House, Visit, polite, sentence, updates  # noqa: E402
+from genssm.interface.house import House, Visit, updates  # noqa: E402
 from genssm.interface.inside import Inspector  # noqa: E402
 from genssm.interface.page import build_page  # noqa: E402
 from genssm.interface.speak import Speaker, speakers  # noqa: E402

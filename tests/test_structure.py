@@ -67,12 +67,14 @@ INTERFACE = (
     "offline",
     "theme",
     "house",
+    "courtesy",
     "components",
     "write",
     "draw",
     "speak",
     "inside",
     "page",
+    "serving",
 )
 PACKAGE = Path(genssm.__file__).parent
 
@@ -120,6 +122,11 @@ def run(code: str) -> str:
 
 def test_importing_the_package_does_not_import_torch() -> None:
     assert run("import sys, genssm, genssm.cli; print('torch' in sys.modules)") == "False\n"
+
+
+def test_the_sampling_loop_is_compiled_before_gradio_is_imported() -> None:
+    code = "import sys, genssm.interface.serving; print('gradio' in sys.modules)"
+    assert run(code) == "False\n"
 
 
 def test_public_names_are_found_on_first_use() -> None:

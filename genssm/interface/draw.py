@@ -14,8 +14,9 @@ from genssm import files
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_row, status_line
+from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
-from genssm.interface.house import House, Visit, polite, polite_answer, stop, updates, within
+from genssm.interface.house import House, Visit, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import GUIDANCE
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
-
-import gradio as gr
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from genssm.codec import Raw
 from genssm.pipeline import Pipeline, Sample, load
@@ -27,9 +24,9 @@ LARGEST_SEED = 2**32 - 1  # that the box for it takes
 READING = "reading the prompt …"
 FIRST = "compiling the sampling loop, once on a machine: 10 to 20 seconds …"
 
-P = ParamSpec("P")
-Y = TypeVar("Y")
-T = TypeVar("T")
+
+class RefusedError(ValueError):
+    """A request that is not begun; the message says why."""
 
 
 class Visit:
@@ -123,14 +120,14 @@ class House:
         """Wait in line for a place, then begin a request; yields what a visitor is told meanwhile.
 
         Afterwards ``visit.job`` is the request, or None for a visitor who left. No seed, or a
-        negative one, is a new seed. Raises gradio.Error, for nothing is made yet that it could
-        cover, when something does not fit or too many wait.
+        negative one, is a new seed. Raises RefusedError when something does not fit or too many
+        wait.
         """
         try:
             settings = {**settings, "seed": chosen_seed(seed), "seconds": SECONDS}
             yield from self._waiting(visit, modality, prompt, rate, settings)
         except (ValueError, BusyError) as error:
-            raise gr.Error(sentence(error), print_exception=False) from None
+            raise RefusedError(str(error)) from error
 
     def _waiting(
         self, visit: Visit, modality: str, prompt: Raw, rate: float, settings: dict[str, Any]
@@ -230,53 +227,6 @@ def updates(job: Job) -> Iterator[list[tuple[int, Raw]]]:
     yield pieces
     if failure is not None:
         raise failure
-
-
-def sentence(error: Exception) -> str:
-    """What a visitor is told about an error: the rule that it states, nothing of the server."""
-    if isinstance(error, ValueError | BusyError):
-        text = str(error)
-        return f"{text[0].upper()}{text[1:]}." if text else "This cannot be done."
-    return "Something went wrong on this side; what was made is kept. Please try again."
-
-
-def polite(stream: Callable[P, Iterator[Y]]) -> Callable[P, Generator[Y, None, None]]:
-    """Errors of a stream as a sentence; once something is shown, beside it instead of over it."""
-
-    @functools.wraps(stream)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Generator[Y, None, None]:
-        shown = False
-        try:
-            for update in stream(*args, **kwargs):
-                yield update
-                shown = True
-        except gr.Error:
-            raise
-        except Exception as error:
-            if not shown:
-                raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
-            gr.Warning(sentence(error))
-
-    return wrapped
-
-
-def polite_answer(function: Callable[P, T]) -> Callable[P, T]:
-    """``polite`` for what answers once."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except gr.Error:
-            raise
-        except Exception as error:
-            raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
-
-    return wrapped
-
-
-def _unexpected(error: Exception) -> bool:
-    return not isinstance(error, ValueError | BusyError)
 
 
 def stop(visit: Visit | None) -> None:

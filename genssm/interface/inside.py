@@ -15,14 +15,13 @@ from genssm import anatomy
 from genssm.codec import Text
 from genssm.engine import Reading
 from genssm.interface.components import live, seed_box, status_line
+from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import (
     UPDATES,
     House,
     Visit,
     chosen_seed,
-    polite,
-    polite_answer,
     updates,
     within,
 )

@@ -1,9 +1,8 @@
-"""The whole page, and how it is served."""
+"""The whole page, and how Gradio serves it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -66,13 +65,3 @@ def launch(
         app_kwargs={"middleware": [Middleware(LocalFiles)]},
         **settings,
     )
-
-
-def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = False) -> None:
-    """Build and serve the page. ``models`` take the place of the shipped ones of their modality.
-
-    Raises CheckpointError for a model that cannot be loaded, OSError for a port that is taken.
-    """
-    house = House(models)
-    house.warm_up()
-    launch(build_page(house), port=port, share=share)

@@ -15,8 +15,9 @@ from genssm import files
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_row, status_line
+from genssm.interface.courtesy import polite
 from genssm.interface.growth import Growth, packed_sound
-from genssm.interface.house import House, Visit, chosen_seed, polite, stop, updates, within
+from genssm.interface.house import House, Visit, chosen_seed, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
 
 DIGITS = 6  # the most of one number

@@ -10,8 +10,9 @@ import gradio as gr
 
 from genssm.codec import Decoder
 from genssm.interface.components import live, seed_row, status_line
+from genssm.interface.courtesy import polite
 from genssm.interface.growth import Growth
-from genssm.interface.house import House, Visit, polite, stop, updates, within
+from genssm.interface.house import House, Visit, stop, updates, within
 
 TOKENS = 600  # the most of one request
 CHARACTERS = 4000  # of a prompt

@@ -1,0 +1,63 @@
+"""Errors as sentences: what went wrong, what the rule is, and nothing of the server."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator
+from typing import ParamSpec, TypeVar
+
+import gradio as gr
+
+from genssm.interface.house import RefusedError
+from genssm.scheduler import BusyError
+
+P = ParamSpec("P")
+Y = TypeVar("Y")
+T = TypeVar("T")
+
+
+def sentence(error: Exception) -> str:
+    """What a visitor is told about an error: the rule that it states, nothing of the server."""
+    if isinstance(error, ValueError | BusyError):
+        text = str(error)
+        return f"{text[0].upper()}{text[1:]}." if text else "This cannot be done."
+    return "Something went wrong on this side; what was made is kept. Please try again."
+
+
+def polite(stream: Callable[P, Iterator[Y]]) -> Callable[P, Generator[Y, None, None]]:
+    """Errors of a stream as a sentence; once something is shown, beside it instead of over it."""
+
+    @functools.wraps(stream)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Generator[Y, None, None]:
+        shown = False
+        try:
+            for update in stream(*args, **kwargs):
+                yield update
+                shown = True
+        except gr.Error:
+            raise
+        except Exception as error:
+            if not shown or isinstance(error, RefusedError):
+                raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
+            gr.Warning(sentence(error))
+
+    return wrapped
+
+
+def polite_answer(function: Callable[P, T]) -> Callable[P, T]:
+    """``polite`` for what answers once."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(sentence(error), print_exception=_unexpected(error)) from None
+
+    return wrapped
+
+
+def _unexpected(error: Exception) -> bool:
+    return not isinstance(error, ValueError | BusyError)

@@ -202,19 +202,6 @@ def test_the_page_works_by_keyboard(opened: Callable[..., Page]) -> None:
     assert written(page)
 
 
-def test_nothing_jumps_while_text_is_written(opened: Callable[..., Page]) -> None:
-    page = opened("Write")
-    page.evaluate(
-        "window.shift = 0; new PerformanceObserver((list) => list.getEntries().forEach((entry) => "
-        "{ window.shift += entry.value; })).observe({type: 'layout-shift'})"
-    )
-    page.click("#write-go")
-    written(page)
-    show(page, "Draw")
-    assert "12,288 tokens" in finished(page, "draw")
-    assert page.evaluate("window.shift") < 0.02
-
-
 # Pictures
 
 
@@ -418,6 +405,73 @@ def test_inside_shows_layers_views_race_state_and_fork(
 # How it looks
 
 
+def made_everywhere(page: Page) -> None:
+    """Something on every tab, the surprise map and the fork included."""
+    settled(page, "Write")
+    page.click("#write-go")
+    written(page)
+    settled(page, "Draw")
+    finished(page, "draw")
+    settled(page, "Speak")
+    finished(page, "speak")
+    settled(page, "Inside")
+    page.click("#compare-go")
+    ended(page, "compare", "of what was just made")
+    page.click("#race-go")
+    ended(page, "race", "after 128 tokens")
+    page.click("#watch-go")
+    page.click("#fork-go")
+    page.wait_for_selector("#fork-second .page:not(.growing) .drawn", state="attached")
+    page.wait_for_function("document.querySelector('#watch-map .said').innerText.length > 200")
+
+
+def settled(page: Page, tab: str) -> None:
+    """Show a tab, and begin to watch it when all of it is there."""
+    show(page, tab)
+    if tab == "Inside":
+        expect(page.locator("#lives-chart svg")).to_be_visible(timeout=WAIT)
+    page.wait_for_timeout(300)
+    page.evaluate("window.places?.clear()")
+
+
+@pytest.fixture
+def short_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genssm.anatomy.race_lengths", lambda pipe: [64, 128])
+
+
+# How far down everything on the shown tab lies, looked at in every frame.
+WATCHED = """() => {
+  const chosen = "button, label, h2, [id$=-status], [id$=-page], [id$=-chart], [id$=-map]";
+  window.places = new Map();
+  window.jumps = [];
+  const look = () => {
+    for (const part of document.querySelectorAll(chosen)) {
+      if (!part.offsetParent || part.closest(".bar, .toast-wrap")) continue;
+      const top = Math.round(part.getBoundingClientRect().top + scrollY);
+      const before = window.places.get(part) ?? top;
+      if (Math.abs(top - before) > 1) {
+        window.jumps.push(`${part.id || part.innerText.slice(0, 40)}: ${before} → ${top}`);
+      }
+      window.places.set(part, top);
+    }
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+@pytest.mark.usefixtures("short_race")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_jumps_while_something_is_made(opened: Callable[..., Page], width: int) -> None:
+    page = opened("Write", width)
+    page.evaluate(WATCHED)
+    made_everywhere(page)
+    assert page.evaluate("window.places.size") > 20
+    assert page.evaluate("window.jumps") == []
+    page.evaluate("document.querySelector('.masthead').style.marginTop = '9px'")
+    page.wait_for_function("window.jumps.length > 0")  # it does look
+
+
 def test_no_width_needs_sideways_scrolling(opened: Callable[..., Page]) -> None:
     page = opened("Write", 390)
     for tab in TABS:
@@ -425,25 +479,68 @@ def test_no_width_needs_sideways_scrolling(opened: Callable[..., Page]) -> None:
         for width in (390, 768, 1280, 1920):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    page.set_viewport_size({"width": 390, "height": 900})
+    for part in ("#kernels-chart", "#poles-chart", "#lives-chart", "#fork-first", "#fork-second"):
+        assert page.locator(part).evaluate("part => part.clientWidth") > 280  # one above another
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_everyone_can_read_it(opened: Callable[..., Page], dark: bool) -> None:
-    page = opened("Write", dark=dark)
-    rules: Any = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
-    if dark:  # where only the colours are others
-        rules = {"runOnly": {"type": "rule", "values": ["color-contrast"]}}
+AXE = Axe()
+EVERY_RULE = {"resultTypes": ["violations"]}  # WCAG 2 to 2.2, A and AA, and best practices
+
+
+def looked_at(page: Page, stage: str) -> None:
+    """Every tab at three widths in light and dark."""
+    for tab in TABS:
+        show(page, tab)
+        for dark in (False, True):
+            page.emulate_media(color_scheme="dark" if dark else "light")
+            page.wait_for_selector("body.dark" if dark else "body:not(.dark)")
+            for width in (390, 1280, 1920):
+                page.set_viewport_size({"width": width, "height": 900})
+                found = AXE.run(page, options=EVERY_RULE).response["violations"]
+                place = f"{tab} {stage}, {width} px, {'dark' if dark else 'light'}"
+                assert not found, f"{place}: {json.dumps(found, indent=1)[:3000]}"
+
+
+@pytest.mark.usefixtures("short_race")
+def test_everyone_can_read_and_use_it(opened: Callable[..., Page]) -> None:
+    page = opened("Write")
+    page.add_style_tag(content="* { transition: none !important; }")  # the colours of the end
+    looked_at(page, "at first")
     for tab in TABS:
         show(page, tab)
         for title in page.get_by_role("tabpanel").locator("button.label-wrap:visible").all():
             title.click()
-        page.click({"Inside": "#compare-go"}.get(tab, f"#{tab.lower()}-go"))
-        ended(page, {"Inside": "compare"}.get(tab, tab.lower()), "tokens")
-        page.wait_for_timeout(500)
-        found = Axe().run(page, options=rules).response["violations"]
-        assert not found, json.dumps(found, indent=1)[:3000]
+    made_everywhere(page)
+    show(page, "Draw")
+    page.click("#draw-surprise")
+    expect(page.get_by_role("button", name="Show the pictures")).to_be_visible()
+    looked_at(page, "when all is made")
     page.evaluate(UNREADABLE)
-    assert Axe().run(page, options=rules).response["violations"]  # it does look
+    assert AXE.run(page, options=EVERY_RULE).response["violations"]  # it does look
+
+
+def test_canvases_follow_when_it_turns_dark(opened: Callable[..., Page]) -> None:
+    page = opened("Speak")
+    finished(page, "speak")
+    page.evaluate(
+        """() => { window.ink = () => {
+          const c = document.querySelector("#speak-page .waveform");
+          return c.getContext("2d").getImageData(1, c.height / 2, 1, 1).data.join(); };
+        window.light = window.ink(); }"""
+    )
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_selector("body.dark")
+    page.wait_for_function("window.ink() !== window.light")
+
+
+def test_sliders_show_that_the_keyboard_is_on_them(opened: Callable[..., Page]) -> None:
+    page = opened("Draw")
+    slider = page.locator("#draw-count input[type=range]")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    assert slider.evaluate("s => getComputedStyle(s).outlineWidth") == "2px"
+    expect(page.get_by_label("number input for Pictures")).to_have_value("5")
 
 
 # Programs

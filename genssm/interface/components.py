@@ -6,6 +6,7 @@ source of every subclass.
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def live(script: str, *, label: str, elem_id: str, value: Any = None) -> gr.HTML
         value,
         label=label,
         elem_id=elem_id,
-        html_template=f'<div class="live {script}"></div>',
+        html_template=f'<div class="live {script}" data-label="{html.escape(label)}"></div>',
         js_on_load=shared + own,
         apply_default_css=False,
     )

@@ -130,7 +130,7 @@ class Inspector:
         }  # fmt: skip
         poles = {
             "title": "Poles exp(Δλ), upper half plane",
-            "square": True,
+            "equal": True,
             "x": {"label": "real part", "range": [-1.05, 1.05], "ticks": [-1, -0.5, 0, 0.5, 1]},
             "y": {"label": "imaginary part", "range": [-0.05, 1.05], "ticks": [0, 0.5, 1]},
             "series": [
@@ -254,7 +254,7 @@ class Inspector:
             "Every layer is a bank of damped oscillators. Their kernels, poles and half-lives say "
             "how far back it listens.",
         )
-        with gr.Row():
+        with gr.Row(elem_classes="abreast"):
             kernels = live("chart", label="Kernels", elem_id="kernels-chart")
             poles = live("chart", label="Poles", elem_id="poles-chart")
             lives = live("chart", label="Half-lives", elem_id="lives-chart")
@@ -273,13 +273,13 @@ class Inspector:
             prompt = gr.Textbox("The history of the river", label="Prompt (of the text model)",
                                 max_length=CHARACTERS, scale=3, elem_id="watch-prompt")  # fmt: skip
             seed = seed_box("inside-seed")
-            temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature of the fork")
+            temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Fork temperature")
         with gr.Row():
             look = gr.Button("Watch the state", variant="primary", elem_id="watch-go")
             split = gr.Button("Fork it in two", elem_id="fork-go")
         heat = live("heat", label="Levels of the state", elem_id="watch-map")
         facts = status_line("watch-status")
-        with gr.Row(elem_classes="fork"):
+        with gr.Row(elem_classes=["fork", "abreast"]):
             first = live("tokens", label="First continuation", elem_id="fork-first")
             second = live("tokens", label="Second continuation", elem_id="fork-second")
         line = status_line("fork-status")
@@ -305,9 +305,9 @@ def _last_tokens(made: Any) -> list[int]:
 
 def _race_chart(laps: list[anatomy.Lap]) -> Chart:
     runners: list[tuple[str, int, Callable[[anatomy.Lap], float | None]]] = [
-        ("one step of the recurrence", 1, lambda lap: lap.step),
-        ("convolving all again", 2, lambda lap: lap.convolution),
-        ("GPT-2 with its cache", 3, lambda lap: lap.transformer),
+        ("recurrence, one step", 1, lambda lap: lap.step),
+        ("convolution of all", 2, lambda lap: lap.convolution),
+        ("GPT-2 with cache", 3, lambda lap: lap.transformer),
     ]
     series = []
     for name, colour, time_of in runners:

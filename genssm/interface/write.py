@@ -101,9 +101,9 @@ class Writer:
                 )
                 gr.Examples([[e] for e in EXAMPLES], [prompt], label="Try")
                 with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="write-go")
-                    end = gr.Button("Stop", elem_id="write-stop", min_width=80)
-                    more = gr.Button("Continue", elem_id="write-more", min_width=80)
+                    go = gr.Button("Generate", variant="primary", elem_id="write-go", min_width=96)
+                    end = gr.Button("Stop", elem_id="write-stop", min_width=70)
+                    more = gr.Button("Continue", elem_id="write-more", min_width=96)
                 with gr.Accordion("Settings", open=False):
                     tokens = gr.Slider(10, TOKENS, 200, step=10, label="Tokens")
                     heat = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")

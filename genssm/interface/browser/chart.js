@@ -1,4 +1,4 @@
-// A chart of series of points. value: {title, x: {label, log}, y: {label, log}, series, square}.
+// A chart of series of points. value: {title, x: {label, log}, y: {label, log}, series, equal}.
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const LEFT = 62;
 const BOTTOM = 44;
@@ -61,13 +61,14 @@ function render() {
   const chart = props.value;
   const width = root.clientWidth;
   if (!width) return;
+  const height = Math.max(220, Math.min(320, width * 0.45));
+  space.style.height = `${height}px`; // empty or not, so that nothing below moves
   space.replaceChildren();
   legend.replaceChildren();
   heading.textContent = chart?.title || "";
   const drawn = (chart?.series || []).filter((s) => s.points.length);
   if (!drawn.length) return;
-  const inner = chart.square ? Math.min(width, 420) : width;
-  const height = chart.square ? inner - LEFT + BOTTOM : Math.max(220, Math.min(320, width * 0.45));
+  const inner = chart.equal ? Math.min(width, evenly(chart, height)) : width;
   const picture = shape("svg", { width: inner, height, role: "img", "aria-label": chart.title || "Chart" }, space);
   const points = drawn.flatMap((s) => s.points);
   const x = scale(chart.x, points.map((p) => p[0]), LEFT, inner - RIGHT);
@@ -75,6 +76,12 @@ function render() {
   frame(picture, chart, x, y, inner, height);
   drawn.forEach((series) => plot(picture, series, x, y));
   if (drawn.length > 1 || drawn[0].name) drawn.forEach(explain);
+}
+
+// The width at which a unit is as long sideways as upwards; both axes have a range.
+function evenly(chart, height) {
+  const [across, up] = [chart.x, chart.y].map(({ range: [low, high] }) => high - low);
+  return LEFT + RIGHT + ((height - TOP - BOTTOM) * across) / up;
 }
 
 function frame(picture, chart, x, y, width, height) {

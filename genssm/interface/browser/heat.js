@@ -1,10 +1,13 @@
 // A heat map that grows by columns. Items: first the layout, then [levels in base64, text].
+const MOST = 400; // characters of the text below
 const view = { run: 0, count: 0 };
 const frame = make("div", "frame", root);
 const canvas = make("canvas", "", frame);
 canvas.setAttribute("role", "img");
 canvas.setAttribute("aria-label", "State of every layer while it samples");
 const names = make("div", "names", frame);
+const hint = make("p", "hint", frame);
+hint.textContent = "One column for every token appears here.";
 const said = make("p", "said", root);
 let layout = null;
 let columns = [];
@@ -18,6 +21,7 @@ function begin(chosen) {
 
 function render() {
   if (!layout) return;
+  hint.hidden = true;
   canvas.width = layout.span;
   canvas.height = layout.rows;
   const low = colour("--heat-low");
@@ -32,7 +36,12 @@ function render() {
     }
   });
   canvas.getContext("2d").putImageData(pixels, 0, 0);
-  said.textContent = columns.map(([, text]) => text).join("").slice(-400) || "\u00a0";
+  said.textContent = ending(columns.map(([, text]) => text).join("")) || "\u00a0";
+}
+
+// The end of a text, from a word on.
+function ending(text) {
+  return text.length > MOST ? `… ${text.slice(-MOST).replace(/^\S*\s/, "")}` : text;
 }
 
 function draw() {
@@ -45,3 +54,4 @@ function draw() {
 }
 watch("value", draw);
 draw();
+whenRecoloured(render);

@@ -4,6 +4,7 @@ const GAP = 12; // between pictures, CSS pixels
 const view = { run: 0, count: 0 };
 const grid = make("div", "grid", root);
 const bar = make("div", "bar", root);
+const key = make("span", "key", bar);
 const toggle = make("button", "small", bar);
 toggle.type = "button";
 toggle.hidden = true;
@@ -93,6 +94,9 @@ function paint(one, i) {
 }
 
 function label() {
+  const size = `${layout.width} × ${layout.height} pixels`;
+  const legend = `surprise <span>0</span><i></i><span>${MOST} bits and more</span>`;
+  key.innerHTML = mapped ? legend : size;
   toggle.hidden = !surprise;
   toggle.textContent = mapped ? "Show the pictures" : "Show the surprise";
   toggle.setAttribute("aria-pressed", String(mapped));
@@ -141,3 +145,4 @@ label();
 watch("value", draw);
 draw();
 whenResized(fit);
+whenRecoloured(() => mapped && figures.forEach(paint));

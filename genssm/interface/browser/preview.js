@@ -29,3 +29,4 @@ function draw() {
 }
 watch("value", draw);
 draw();
+whenRecoloured(draw);

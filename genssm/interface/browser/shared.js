@@ -48,6 +48,11 @@ function whenResized(draw) {
   }).observe(root);
 }
 
+// Call draw whenever the page turns light or dark; canvases do not follow by themselves.
+function whenRecoloured(draw) {
+  new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+}
+
 // A canvas as sharp as the screen, as wide as the element: its context in CSS pixels.
 function sharp(canvas, width, height) {
   const scale = window.devicePixelRatio || 1;

@@ -24,6 +24,9 @@ spectrogram.setAttribute("role", "img");
 spectrogram.setAttribute("aria-label", "Spectrogram");
 const seam = make("div", "seam", stack);
 const head = make("div", "head", stack);
+const hint = make("p", "hint", stack);
+hint.textContent = "The sound appears here, as it is made.";
+seam.hidden = true;
 
 let layout = null;
 let wave = new Float32Array(0);
@@ -96,6 +99,7 @@ function shownSeconds() {
 
 function render() {
   if (!layout) return;
+  hint.hidden = true;
   const width = root.clientWidth;
   const seconds = shownSeconds();
   const across = (sample) => (width * sample) / layout.rate / seconds;
@@ -139,11 +143,15 @@ function drawSpectrum(context, across) {
     whole.getContext("2d").putImageData(pixels, 0, 0);
     context.drawImage(whole, 0, 0, across(columns.length * HOP + WINDOW - HOP), SPECTRUM);
   }
-  context.fillStyle = `rgb(${colour("--quiet")})`;
-  context.font = "11px system-ui, sans-serif";
+  context.fillStyle = `rgb(${colour("--ink")})`;
+  context.strokeStyle = `rgb(${colour("--paper")})`; // a halo, to be read over dark and light
+  context.lineWidth = 3;
+  context.lineJoin = "round";
+  context.font = "600 11px system-ui, sans-serif";
   for (let kilohertz = 1; kilohertz < layout.rate / 2000; kilohertz++) {
     const y = SPECTRUM * (1 - kilohertz / (layout.rate / 2000));
     context.fillRect(0, y, 5, 1);
+    context.strokeText(`${kilohertz} kHz`, 8, y + 4);
     context.fillText(`${kilohertz} kHz`, 8, y + 4);
   }
 }
@@ -236,3 +244,4 @@ function draw() {
 watch("value", draw);
 draw();
 whenResized(render);
+whenRecoloured(render);

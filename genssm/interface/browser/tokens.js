@@ -4,7 +4,7 @@ const view = { run: 0, count: 0 };
 const page = make("div", "page", root);
 page.tabIndex = 0;
 page.setAttribute("role", "region");
-page.setAttribute("aria-label", "Text, tinted by surprise");
+page.setAttribute("aria-label", `${root.dataset.label}: text tinted by surprise`);
 const key = make("p", "key", root);
 key.innerHTML = "surprise <span>0</span><i></i><span>12 bits and more</span>";
 const tip = make("div", "tip", root);

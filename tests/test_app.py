@@ -2,7 +2,9 @@
 
 import base64
 import itertools
+import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -224,6 +226,25 @@ def test_the_first_visitor_is_told_why_it_takes_long() -> None:
     assert house.status(gone, "text") == "nothing was drawn"
 
 
+def test_nobody_begins_before_the_loop_is_compiled() -> None:
+    house, compiled = House(), threading.Event()
+    house._warming = threading.Thread(target=compiled.wait, daemon=True)
+    house._warming.start()
+    visit, gone = Visit(), Visit()
+    told = house.begin(visit, "text", None, max_tokens=5)
+    assert [next(told) for _ in range(3)] == ["loading the model …", houses.FIRST, houses.FIRST]
+    assert visit.job is None
+    leaving = house.begin(gone, "text", None, max_tokens=5)
+    next(leaving)
+    gone.stop()
+    assert list(leaving) == []
+    compiled.set()
+    assert all(line == houses.FIRST for line in told)
+    assert visit.job is not None
+    assert visit.job.run()[0].tokens
+    house.scheduler("text").close()
+
+
 def test_a_line_that_is_too_long_turns_visitors_away(
     narrow: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +271,41 @@ def test_a_visitor_who_leaves_frees_the_place(narrow: House, monkeypatch: Any) -
     writing.close()  # what the server does when the connection ends
     wait_until(lambda: narrow.scheduler("text").busy == 0)
     assert list(Writer(narrow).write("The river", 5, seed=1))[-1][1]["done"]
+
+
+def test_a_request_ends_in_time_with_what_it_has(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genssm.interface.write.TOKENS", 10**7)
+    monkeypatch.setattr(houses, "SECONDS", 0.5)
+    *_, (text, whole, status, written) = Writer(house).write("The river", 10**7, seed=1)
+    assert written.visit.samples()[0].finish == "interrupted"
+    assert whole["done"]
+    assert text.startswith("The river")
+    assert "seed 1" in status
+
+
+class Steady:
+    """A job of two seconds with a piece every millisecond of a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for _ in range(2000):
+            self.now += 0.001
+            yield 0, "a"
+
+
+def test_the_page_gets_15_to_20_updates_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Steady()
+    monkeypatch.setattr(houses, "time", job)
+    shown = list(updates(job))  # type: ignore[arg-type]
+    assert sum(map(len, shown)) == 2000
+    assert 30 <= len(shown) <= 40
 
 
 class Failing:
@@ -653,3 +709,38 @@ def test_the_page_names_its_endpoints_and_labels_their_outputs(house: House) -> 
 
 def test_no_stub_file_is_written_beside_the_sources() -> None:
     assert not list(Path(houses.__file__).parent.glob("*.pyi"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """The exit code of a command."""
+    monkeypatch.setattr("sys.argv", ["genssm", "app", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_command_serves_the_page_as_it_was_asked(
+    make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("genssm.interface.page.launch", lambda page, **how: served.append(how))
+    monkeypatch.setattr(House, "warm_up", lambda house: served.append(house.pipe("image").name))
+    own = str(checkpoint.save(make_checkpoint("image"), tmp_path / "own"))
+    assert not run(monkeypatch, "--port", "8123", "--share", "--model", own)
+    assert served == [own, {"port": 8123, "share": True}]
+
+
+def test_what_cannot_be_served_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(House, "warm_up", lambda house: None)
+    assert run(monkeypatch, "--model", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert run(monkeypatch, "--port", port) == 1
+    told = capsys.readouterr().err
+    assert port in told
+    assert "Traceback" not in told

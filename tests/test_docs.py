@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import PIL.Image
@@ -10,6 +11,23 @@ import pytest
 from genssm.checkpoint import shipped_folders
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_a_space_finds_what_it_needs() -> None:
+    root = DOCS.parent
+    _, front, _ = (root / "README.md").read_text().split("---\n", 2)
+    facts = dict(line.split(": ", 1) for line in front.splitlines() if ": " in line)
+    needed = {"title", "emoji", "colorFrom", "colorTo", "short_description", "license"}
+    assert needed <= set(facts)
+    assert (facts["sdk"], facts["suggested_hardware"]) == ("gradio", "cpu-basic")
+    assert (root / facts["app_file"]).is_file()
+    assert len(facts["short_description"]) <= 60  # the most that Spaces show
+    lines = (root / "requirements.txt").read_text().splitlines()
+    assert f"gradio=={facts['sdk_version']}" in lines
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert facts["python_version"].strip('"') == project["requires-python"].removeprefix(">=")
+    assert set(project["dependencies"]) <= set(lines)  # and PyTorch without CUDA
+    assert any(line.endswith("whl/cpu") for line in lines)
 
 
 @pytest.mark.slow

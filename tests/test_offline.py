@@ -2,15 +2,18 @@
 
 import json
 import socket
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
+import genssm
 from genssm.interface import uploads
 from genssm.interface.house import House
 from genssm.interface.page import build_page, launch
@@ -111,6 +114,26 @@ def test_files_of_the_server_are_no_uploads(site: str) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{site}gradio_api/file={secret}")
         assert refused.value.code in (403, 404)
+
+
+def test_nothing_is_written_but_temporary_files(site: str) -> None:
+    """And compiled code, once, in the cache folders of Python."""
+    root = Path(genssm.__file__).parent.parent
+
+    def files() -> dict[Path, float]:
+        found = (p for p in root.rglob("*") if p.is_file())
+        kept = (p for p in found if not {"__pycache__", ".git"} & set(p.parts))
+        return {p: p.stat().st_mtime for p in kept if "cache" not in str(p.relative_to(root))}
+
+    before = files()
+    for endpoint, data, suffix in (
+        ("draw", ["any", 1, 0.9, 1, None, 31, 1], "png"),
+        ("speak", ["7", "any", 0.3, 0.9, "× 1", None, 1], "wav"),
+    ):
+        made = json.loads(call(site, endpoint, data).rsplit("data: ", 1)[1])[0]
+        assert made["path"].endswith(suffix)
+        assert Path(made["path"]).is_relative_to(tempfile.gettempdir())
+    assert files() == before
 
 
 def test_an_upload_over_the_limit_is_refused_as_it_arrives(site: str) -> None:

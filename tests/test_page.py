@@ -7,7 +7,9 @@ axe-playwright-python. GENSSM_SCREENSHOTS=docs also writes the pictures of the d
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -302,8 +304,6 @@ def bomb() -> bytes:
 def test_bad_uploads_are_told(
     opened: Callable[..., Page], tmp_path: Path, content: Any, problem: str
 ) -> None:
-    import re
-
     file = tmp_path / "photo.png"
     file.write_bytes(content() if callable(content) else content)
     page = opened("Draw")
@@ -566,6 +566,27 @@ def test_programs_write_continue_draw_and_speak(site: str, tmp_path: Path) -> No
     wav, rows, _ = client.predict("7", seed=1, seconds=0.3, api_name="/speak")
     assert Path(wav).read_bytes().startswith(b"RIFF")
     assert rows["items"][0]["rate"] == 8000
+
+
+def test_the_examples_of_the_documentation_work(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "app.md").read_text()
+    text = text.replace("http://127.0.0.1:7860", site.rstrip("/"))
+    examples = dict(re.findall(r"```(python|sh)\n(.*?)```", text, re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    PIL.Image.effect_noise((90, 60), 60).convert("RGB").save("photo.png")
+    made: dict[str, Any] = {}
+    exec(examples["python"], made)
+    assert made["text"].startswith("The bridge")
+    assert made["png"].endswith(".png")
+    assert made["wav"].endswith(".wav")
+    if shutil.which("curl"):
+        ran = subprocess.run(
+            ["bash", "-c", examples["sh"]], capture_output=True, text=True, check=True
+        )
+        assert json.loads(ran.stdout.rsplit("data: ", 1)[1])[0].startswith("The river")
 
 
 def test_curl_gets_text_and_sentences(site: str) -> None:

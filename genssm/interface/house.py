@@ -83,6 +83,7 @@ class House:
         self._lines: dict[tuple[str, float], list[Visit]] = {}
         self._loading, self._lining = threading.Lock(), threading.Lock()
         self._compiled = False  # whether anything was drawn; see FIRST
+        self._warming: threading.Thread | None = None
 
     def pipe(self, modality: str, rate: float = 1.0) -> Pipeline:
         """The model of "text", "image" or "audio"; sound at another rate, too."""
@@ -103,9 +104,9 @@ class House:
             self.scheduler("text").submit(None, max_tokens=1, seed=0).run()
             self._compiled = True
 
-        thread = threading.Thread(target=draw, name="genssm warm-up", daemon=True)
-        thread.start()
-        return thread
+        self._warming = threading.Thread(target=draw, name="genssm warm-up", daemon=True)
+        self._warming.start()
+        return self._warming
 
     def begin(
         self,
@@ -135,6 +136,9 @@ class House:
         if (modality, rate) not in self._schedulers:
             yield "loading the model …"
         scheduler = self.scheduler(modality, rate)
+        while self._warming is not None and self._warming.is_alive() and not visit.left:
+            yield FIRST  # so that the request's own time is that of sampling
+            self._warming.join(PATIENCE)
         line = self._lines.setdefault((modality, rate), [])
         with self._lining:
             if len(line) >= WAITING:

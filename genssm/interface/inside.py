@@ -74,9 +74,9 @@ class Inspector:
             largest = max(largest, found.step, found.prefill)
             if len(stepped) % EVERY == 0 or len(stepped) == len(tokens):
                 chart = {
-                    "title": "Largest difference of a logit from the convolution",
+                    "title": "Largest difference from the convolution",
                     "x": {"label": "position", "range": [0, len(tokens)]},
-                    "y": {"label": "difference", "log": True, "range": [1e-8, 1]},
+                    "y": {"label": "difference of a logit", "log": True, "range": [1e-8, 1]},
                     "series": [
                         {"name": "stepping", "kind": "line", "points": stepped[:], "colour": 1},
                         {"name": "reading in parallel", "kind": "line", "points": prefilled[:],

@@ -641,7 +641,7 @@ def test_screenshots(opened: Callable[..., Page]) -> None:
     choose_seed(page, "draw", 2)
     set_slider(page, "Pictures", 16)
     assert "seed 2 ·" in finished(page, "draw")
-    shoot(page, folder / "page-draw.png")
+    shoot(page, folder / "page-draw.png", whole=True)
     show(page, "Speak")
     choose_seed(page, "speak", 3)
     assert "seed 3 ·" in finished(page, "speak")

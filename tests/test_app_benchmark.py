@@ -1,12 +1,15 @@
 """Load on the page, the short form: visitors come, get what they want or a sentence, and leave."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
+from genssm import app_benchmark
 from genssm.app_benchmark import BUSY, Errand, benchmark_app, percentile, resident_bytes
 from genssm.cli import main
 
@@ -24,6 +27,30 @@ def test_visitors_finish_or_leave_and_the_page_goes_on() -> None:
     assert before is None or after < before + 200
     json.dumps(facts)
     assert any("p95" in line for line in lines)
+
+
+def test_a_cold_start_begins_with_nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the start itself, which takes half a minute."""
+    folders: list[list[Path]] = []
+
+    @contextlib.contextmanager
+    def server(**environment: str) -> Iterator[tuple[str, int, float]]:
+        folders.append(list(Path(environment["NUMBA_CACHE_DIR"]).iterdir()))
+        (Path(environment["NUMBA_CACHE_DIR"]) / "loop.nbc").touch()
+        yield "http://127.0.0.1:1/", 1, 6.0
+
+    monkeypatch.setattr(app_benchmark, "server", server)
+    monkeypatch.setattr("gradio_client.Client", lambda *_, **__: None)
+    monkeypatch.setattr(app_benchmark, "errand", lambda *_: Errand("/write", "finished", 1.0, 2.0))
+    lines: list[str] = []
+    facts = app_benchmark.measure_cold_start(lines.append)
+    assert folders == [[]]
+    assert facts["compiled"]
+    # Six seconds to answer; the text took no time here, of which its two are taken off again.
+    assert facts["seconds_to_first_output"] == pytest.approx(6 - 2 + 1, abs=0.5)
+    assert facts["seconds_to_first_text"] == pytest.approx(6 - 2 + 2, abs=0.5)
+    assert "cold start" in lines[0]
+    json.dumps(facts)
 
 
 def test_percentiles_are_values() -> None:

@@ -273,7 +273,7 @@ class Inspector:
             prompt = gr.Textbox("The history of the river", label="Prompt (of the text model)",
                                 max_length=CHARACTERS, scale=3, elem_id="watch-prompt")  # fmt: skip
             seed = seed_box("inside-seed")
-            temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Fork temperature")
+            temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Fork temperature", scale=2)
         with gr.Row():
             look = gr.Button("Watch the state", variant="primary", elem_id="watch-go")
             split = gr.Button("Fork it in two", elem_id="fork-go")

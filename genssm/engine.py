@@ -1,4 +1,4 @@
-"""The sampling loop: one model, several samples of one prompt side by side, eager or compiled."""
+"""The sampling loop: one model, several samples of one prompt side by side, eager or in blocks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genssm.cuda import CapturedModel
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
-from genssm.stepper import CompiledModel, Draws, Memory
+from genssm.stepper import CompiledModel, Stepper
+from genssm.stepping import Draws
 from genssm.threads import allowed_threads, one_thread, torch_threads
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
@@ -162,21 +164,21 @@ class _Part:
     """Samples that one thread steps."""
 
     held: list[int]  # the sample of each row of ``seen``
-    memory: Memory  # their rows; if they are guided, then those of the guides in the same order
+    memory: Any  # the stepper's, their rows; if they are guided, then those of the guides in the same order
     seen: np.ndarray  # (B, V) bool, for the repetition penalty
 
 
 class CompiledGeneration:
-    """``Generation`` by the compiled loop: with float32 weights the same tokens from the same seed.
+    """``Generation`` by the compiled loop or CUDA graphs: with float32 weights, the same tokens.
 
     Blocks of tokens are drawn ahead of what ``step`` hands out. Samples that finish leave at the
-    next block. Samples may be stepped in groups, whose states stay in the caches for a block, and
-    by several threads; no sample depends on its company, to the last bit.
+    next block. The compiled loop may step samples in groups, whose states stay in the caches for a
+    block, and by several threads; no sample depends on its company, to the last bit.
     """
 
     def __init__(
         self,
-        model: CompiledModel,
+        model: CompiledModel | CapturedModel,
         start: Reading,
         config: SamplingConfig,
         *,
@@ -322,6 +324,8 @@ class CompiledGeneration:
         they gain a fifth.
         """
         count = len(whole.held)
+        if not self.model.divides:
+            return [whole], 1
         most = min(allowed_threads(), count)
         options = {
             (threads, min(size, -(-count // threads)))
@@ -388,7 +392,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> 
 
 
 def begin(
-    model: RecurrentModel | CompiledModel,
+    model: RecurrentModel | CompiledModel | CapturedModel,
     start: Reading,
     config: SamplingConfig,
     *,
@@ -400,7 +404,7 @@ def begin(
     snapshots: bool = False,
 ) -> Generation | CompiledGeneration:
     """At most ``limit`` steps that go on from ``start``, by the loop that fits the model."""
-    if isinstance(model, CompiledModel):
+    if not isinstance(model, RecurrentModel):
         return CompiledGeneration(
             model, start, config, seed=seed, indices=indices, guide=guide, guidance=guidance,
             limit=limit, snapshots=snapshots,
@@ -411,7 +415,7 @@ def begin(
 
 
 def read(
-    model: RecurrentModel | CompiledModel, tokens: Tensor, before: Reading | None = None
+    model: RecurrentModel | CompiledModel | CapturedModel, tokens: Tensor, before: Reading | None = None
 ) -> Reading:
     """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``.
 

@@ -43,10 +43,10 @@ class SamplingConfig:
         return replace(self, **{k: v for k, v in settings.items() if v is not None})  # type: ignore[arg-type]
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """Make seen tokens less likely: positive logits are divided by ``penalty``, others multiplied.
 
-    logits (B, V), seen (B, V) bool → (B, V).
+    logits (B, V), seen (B, V) bool, penalty a number or (B, 1) → (B, V).
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genssm import cuda
+from genssm.cuda import CapturedModel
+from genssm.distributed import default_device
 from genssm.model import (
     Linear,
     Logistics,
@@ -35,47 +38,48 @@ from genssm.model import (
 )
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import SamplingConfig
+from genssm.stepping import EXACT, Draws, UnsupportedError
 
-ENGINES = ("auto", "eager", "cpu")
-WEIGHTS = ("bf16", "fp32", "int8")  # the default first
-EXACT = "fp32"  # the weights themselves, which the eager model has, too
+ENGINES = ("auto", "eager", "cpu", "cuda")
+WEIGHTS = ("bf16", EXACT, "int8")  # the default first
 SCORED = 256  # tokens scored by one call, whose end an interruption waits for
 MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a panel of 32
 
 Array = np.ndarray[Any, Any]
 
 
-class UnsupportedError(ValueError):
-    """The compiled stepper cannot run this model here; the message says why."""
-
-
 def choose(
     model: RecurrentModel, kind: str = "auto", weights: str = WEIGHTS[0]
-) -> RecurrentModel | CompiledModel:
-    """What steps a model: "cpu" is compiled, "eager" is the model itself, "auto" the faster.
+) -> RecurrentModel | CompiledModel | CapturedModel:
+    """What steps a model: "cpu" is compiled, "eager" is the model itself, "auto" the faster of both.
 
-    A model that cannot be compiled, here or at all, runs eagerly, with one warning that says why.
+    "cuda", only when it is asked for, captures steps as CUDA graphs: it is made for batches. A model
+    that an engine cannot run runs eagerly, with one warning that says why.
     """
     check_choice(kind, weights)
     if kind == "eager":
         return model
     try:
+        if kind == "cuda":
+            return CapturedModel(model, weights, default_device())
         return CompiledModel(model, weights)
     except UnsupportedError as error:
         warnings.warn(f"sampling runs eagerly, which is slower: {error}", stacklevel=2)
         return model
 
 
-def describe(model: RecurrentModel | CompiledModel) -> str:
-    """The name of what steps: "eager", "cpu bf16", …"""
-    return f"cpu {model.weights}" if isinstance(model, CompiledModel) else "eager"
+def describe(model: RecurrentModel | CompiledModel | CapturedModel) -> str:
+    """The name of what steps: "eager", "cpu bf16", "cuda fp32", …"""
+    return "eager" if isinstance(model, RecurrentModel) else f"{model.engine} {model.weights}"
 
 
 def check_choice(kind: str, weights: str) -> None:
-    """Raise ValueError unless there is such an engine and such weights."""
+    """Raise ValueError unless there is such an engine here and it has such weights."""
     for name, value, known in (("engine", kind, ENGINES), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if kind == "cuda":
+        cuda.check_choice(weights)
 
 
 def load_kernels() -> ModuleType:
@@ -118,17 +122,6 @@ class Memory:
     def position(self) -> int:
         """Tokens read, of the first row."""
         return int(self.positions[0])
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Samples whose next tokens are to be drawn, with all that decides them."""
-
-    memory: Memory  # their rows; if they are guided, then those of the guides in the same order
-    uniforms: Array  # (S, n): n tokens a sample
-    config: SamplingConfig
-    seen: Array  # (S, V) bool: what the repetition penalty holds down; drawn tokens join it
-    guidance: float = 1.0  # logits are guide + guidance·(own - guide)
 
 
 @dataclass(frozen=True)
@@ -510,6 +503,9 @@ class CompiledModel:
     Raises UnsupportedError, which says why, when there is no such loop for the model.
     """
 
+    engine = "cpu"
+    divides = True  # a batch into groups of rows, if that is faster
+
     def __init__(self, model: RecurrentModel, weights: str = WEIGHTS[0]) -> None:
         if model.norm.weight.device.type != "cpu" or model.norm.weight.dtype != torch.float32:
             raise UnsupportedError(
@@ -649,12 +645,12 @@ class CompiledModel:
         draws = Draws(memory, np.zeros(tokens.shape), SamplingConfig(), seen)
         return self._run(memory, [draws], tokens, given=tokens.shape[1], seen=seen, scored=scored)
 
-    def generate(self, draws: Draws) -> tuple[Array, Array]:
+    def generate(self, draws: Draws[Memory]) -> tuple[Array, Array]:
         """Draw and read n tokens a sample: tokens (S, n) and their bits (S, n)."""
         return self.generate_together([draws])[0]
 
     def generate_together(
-        self, draws: Sequence[Draws], threads: int = 1
+        self, draws: Sequence[Draws[Memory]], threads: int = 1
     ) -> list[tuple[Array, Array]]:
         """``generate`` for several, as one batch, to the same last bit.
 
@@ -677,7 +673,7 @@ class CompiledModel:
         return self._paces[rows].threads if rows in self._paces else 1
 
     def _at_best_pace(
-        self, memory: Memory, draws: Sequence[Draws], tokens: Array, seen: Array, most: int
+        self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, seen: Array, most: int
     ) -> Array:
         most = min(most, self._simd.TEAM)
         if most == 1 or not _forming.acquire(blocking=False):
@@ -699,13 +695,13 @@ class CompiledModel:
             )
 
     def _run(
-        self, memory: Memory, draws: Sequence[Draws], tokens: Array, *, seen: Array, given: int = 0,
+        self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, *, seen: Array, given: int = 0,
         scored: bool = False, threads: int = 1,
     ) -> Array:  # fmt: skip
         """``simd.run``; returns the bits of the tokens (S, n)."""
         room, bits = memory.room, np.zeros(tokens.shape)
         uniforms = np.concatenate([d.uniforms for d in draws])
-        settings = np.concatenate([[_settings(d)] * len(d.seen) for d in draws])
+        settings = np.concatenate([[d.settings] * len(d.seen) for d in draws])
         streams, reads, row = [], [], 0
         for d in draws:
             samples, rows = len(d.seen), d.memory.batch
@@ -790,14 +786,6 @@ def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
         raise
     finally:
         wait(others)
-
-
-def _settings(draws: Draws) -> list[float]:
-    """What ``simd.draw`` takes."""
-    c = draws.config
-    return [
-        c.repetition_penalty, c.temperature, c.top_k, c.top_p, c.min_p, draws.guidance
-    ]  # fmt: skip
 
 
 def _has_wide_vectors() -> bool:

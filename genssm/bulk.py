@@ -19,7 +19,6 @@ from genssm.files import png, sound
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import Request
 
-_BLOCK = 64  # samples drawn side by side by one process
 _FACTS = "bulk.json"
 
 
@@ -103,13 +102,14 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
 
 def _blocks(pipe: Pipeline, count: int, prompt: str | None) -> Iterator[tuple[str | None, range]]:
     """Indices that are drawn side by side, with their class: index i has class i mod classes."""
+    size = pipe.side_by_side
     classes = pipe.codec.classes if prompt is None else ()
     if not classes:
         label = prompt if pipe.modality != "text" else None
-        for first in range(0, count, _BLOCK):
-            yield label, range(first, min(count, first + _BLOCK))
+        for first in range(0, count, size):
+            yield label, range(first, min(count, first + size))
         return
-    stride = _BLOCK * len(classes)
+    stride = size * len(classes)
     for first in range(0, count, stride):
         for i, label in enumerate(classes):
             if indices := range(first + i, min(count, first + stride), len(classes)):

@@ -150,10 +150,14 @@ def sample(
         int | None, typer.Option(min=0, help="The same seed gives the same sample.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="auto, eager (torch) or cpu (compiled, many times faster).")
+        str,
+        typer.Option(
+            help="auto, eager (torch), cpu (compiled, many times faster) or cuda (GPU, batches)."
+        ),
     ] = "auto",
     weights: Annotated[
-        str, typer.Option(help="bf16, fp32 (exact) or int8 (fastest), for the compiled engine.")
+        str,
+        typer.Option(help="bf16, fp32 (exact) or int8 (fastest; cpu), but for the eager engine."),
     ] = "bf16",
     guidance: Annotated[
         float | None,
@@ -223,7 +227,7 @@ def sample(
         sys.stdout.write(pipe.codec.decode(plan.tokens))
     waiting = threading.Timer(PATIENCE, _note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
-    if pipe.engine_name != "eager":
+    if pipe.engine_name.startswith("cpu"):
         waiting.start()
     drawn, interrupted = _draw(sessions, live, waiting.cancel)
     samples = pipe.best([s for session in drawn for s in session.samples()], job.request)

@@ -28,6 +28,8 @@ from genssm.stepping import Draws, UnsupportedError
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the linear maps
 TILE = 64  # rows of every matrix product
 LONGEST = 32  # tokens of a row that one graph draws, at most
+ROWS = 64, 1024  # of the largest batch: at least, at most
+STATES = 2**30  # bytes of states that such a batch may have, and its memory is a few times as much
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +42,7 @@ def check_choice(weights: str) -> None:
             "the engine cpu has them all"
         )
     if not torch.cuda.is_available():
-        raise ValueError("the engine cuda needs a CUDA device, and there is none here; use cpu")
+        raise ValueError("the engine cuda needs a CUDA device, which torch does not find here")
 
 
 class TiledLinear(nn.Module):
@@ -83,8 +85,8 @@ class Memory:
 class Board:
     """Memory for steps of N rows, always in the same place, and the steps that change it.
 
-    The rows are those of several memories, one after the other; what is left of them is idle. Sample
-    i is drawn from row ``own[i]``, guided by row ``guide[i]``, and row j reads sample ``reads[j]``.
+    The rows are those of several memories, one after the other; the rest is idle. Sample i is drawn
+    from row ``own[i]``, guided by row ``guide[i]``, and row j reads sample ``reads[j]``.
     """
 
     positions: Tensor  # (N,) int64
@@ -227,6 +229,13 @@ class CapturedModel:
         rows = torch.tensor(index, device=self.device)
         return Memory(memory.position, [tensor[rows] for tensor in memory.tensors])
 
+    @property
+    def largest_batch(self) -> int:
+        """Samples that are stepped side by side, a power of two."""
+        least, most = ROWS
+        fitting = STATES // self.model.state_bytes()
+        return min(most, max(least, 1 << fitting.bit_length() - 1))
+
     def threads(self, rows: int) -> int:
         """Threads that step a batch: the one that replays."""
         return 1
@@ -247,18 +256,29 @@ class CapturedModel:
         phase, steps = draws[0].memory.position % self.config.period, draws[0].uniforms.shape[1]
         filtered = any(d.config.top_k > 0 or d.config.top_p < 1 for d in draws)
         rows = 1 << (sum(d.memory.batch for d in draws) - 1).bit_length()  # few sizes are captured
+        plan = [(*piece, filtered) for piece in self._pieces(phase, steps)]
         with self._lock:
-            board = self._board(rows)
-            plan = [(*piece, filtered) for piece in self._pieces(phase, steps)]
-            for piece in plan:  # before the memories take their places: capturing needs the room
-                if piece not in board.steps:
-                    board.steps[piece] = self._captured(partial(self._advance, board, *piece))
-            _seat(board, draws)
-            uniforms = torch.from_numpy(np.concatenate([d.uniforms for d in draws]))
-            tokens, bits = self._replay(board, plan, uniforms.to(self.device))
-            _unseat(board, draws)
+            try:
+                tokens, bits = self._run(rows, draws, plan)
+            except torch.cuda.OutOfMemoryError as error:
+                raise MemoryError(
+                    f"the GPU has no memory for {rows} rows of this model; ask for fewer samples"
+                ) from error
         ends = np.cumsum([len(d.seen) for d in draws])[:-1]
         return list(zip(np.split(tokens, ends), np.split(bits, ends), strict=True))
+
+    def _run(
+        self, rows: int, draws: Sequence[Draws[Memory]], plan: Sequence[tuple[int, int, bool]]
+    ) -> tuple[Array, Array]:
+        board = self._board(rows)
+        for piece in plan:  # before memories take their places, for what is captured is run, too
+            if piece not in board.steps:
+                board.steps[piece] = self._captured(partial(self._advance, board, *piece))
+        _seat(board, draws)
+        uniforms = torch.from_numpy(np.concatenate([d.uniforms for d in draws]))
+        drawn = self._replay(board, plan, uniforms.to(self.device))
+        _unseat(board, draws)
+        return drawn
 
     def _pieces(self, phase: int, steps: int) -> Iterator[tuple[int, int]]:
         """Phase and number of the steps of each graph that makes up so many steps."""
@@ -270,7 +290,10 @@ class CapturedModel:
     def _board(self, rows: int) -> Board:
         if rows not in self._boards:
             state, zeros = self.model.initial_state(rows), partial(torch.zeros, device=self.device)
-            logits, places = torch.zeros(rows, self.config.n_outputs), zeros(rows, dtype=torch.int64)
+            logits, places = (
+                torch.zeros(rows, self.config.n_outputs),
+                zeros(rows, dtype=torch.int64),
+            )
             drawn = zeros(rows, LONGEST, dtype=torch.int64)
             self._boards[rows] = Board(
                 positions=places, tensors=self.load(state, logits).tensors, own=places.clone(),
@@ -338,9 +361,7 @@ class CapturedModel:
                 place.copy_(tensor)
 
 
-def _drawn(
-    board: Board, logits: Tensor, uniform: Tensor, filtered: bool
-) -> tuple[Tensor, Tensor]:
+def _drawn(board: Board, logits: Tensor, uniform: Tensor, filtered: bool) -> tuple[Tensor, Tensor]:
     """A token for every sample and its bits, from logits (N, V) by row."""
     penalty, guidance = board.settings[:, :1].float(), board.settings[:, 5:].float()
     own = logits[board.own]
@@ -394,7 +415,9 @@ def _on_device(model: RecurrentModel, dtype: torch.dtype, device: torch.device) 
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, Linear):  # logits in bfloat16 would be off by percents
-                setattr(module, name, TiledLinear(child, torch.float32 if module is head else dtype))
+                setattr(
+                    module, name, TiledLinear(child, torch.float32 if module is head else dtype)
+                )
     return net
 
 

@@ -164,7 +164,7 @@ class _Part:
     """Samples that one thread steps."""
 
     held: list[int]  # the sample of each row of ``seen``
-    memory: Any  # the stepper's, their rows; if they are guided, then those of the guides in the same order
+    memory: Any  # the stepper's: their rows; if guided, then those of the guides in the same order
     seen: np.ndarray  # (B, V) bool, for the repetition penalty
 
 
@@ -392,7 +392,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> 
 
 
 def begin(
-    model: RecurrentModel | CompiledModel | CapturedModel,
+    model: Stepper,
     start: Reading,
     config: SamplingConfig,
     *,
@@ -414,9 +414,7 @@ def begin(
     )
 
 
-def read(
-    model: RecurrentModel | CompiledModel | CapturedModel, tokens: Tensor, before: Reading | None = None
-) -> Reading:
+def read(model: Stepper, tokens: Tensor, before: Reading | None = None) -> Reading:
     """Read tokens (L,) in parallel, in pieces, from the start or on from ``before``.
 
     A long prompt may use all of torch's threads; they change no bit of the result.

@@ -18,6 +18,7 @@ from genssm import checkpoint as checkpoints
 from genssm import states
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.conversion import to_recurrent
+from genssm.cuda import CapturedModel
 from genssm.data import Example
 from genssm.engine import CompiledGeneration, Drawn, Generation, Reading, Snapshot, begin, read
 from genssm.evaluate import Evaluation, evaluate, token_bits
@@ -25,9 +26,10 @@ from genssm.model import RecurrentModel, SequenceModel
 from genssm.recipe import MOST_TOKENS, Recipe, RecipeError
 from genssm.request import GUIDANCE, Plan, Request, Settings
 from genssm.sampling import new_seed
-from genssm.stepper import EXACT, WEIGHTS, CompiledModel, choose, describe
+from genssm.stepper import WEIGHTS, CompiledModel, Stepper, check_choice, choose, describe
+from genssm.stepping import EXACT
 
-LARGEST_BATCH = 64  # samples stepped side by side
+LARGEST_BATCH = 64  # samples stepped side by side on a CPU
 TOGETHER = 16_384  # tokens convolved at once to classify: more do not fit the caches
 
 
@@ -74,7 +76,7 @@ class Session:
 
     def __init__(
         self,
-        model: RecurrentModel | CompiledModel,
+        model: Stepper,
         codec: Codec,
         plan: Plan,
         start: Reading,
@@ -238,8 +240,8 @@ class Pipeline:
 
     ``model`` (convolution), ``recurrent`` (the same map as a recurrence), ``codec``
     (raw ↔ tokens), ``config`` (the content of config.json), ``stepper`` (what draws samples:
-    ``engine`` "eager", "cpu" (compiled) or "auto", the faster; for the compiled one ``weights``
-    "bf16", "fp32" or "int8").
+    ``engine`` "eager", "cpu" (compiled), "auto", the faster of these, or "cuda", batches on a GPU;
+    ``weights`` "bf16", "fp32" or "int8", but for the eager one, and the last for "cpu" only).
     """
 
     def __init__(
@@ -286,24 +288,38 @@ class Pipeline:
             self._rates[rate] = other
         return self._rates[rate]
 
-    def _with(self, *, rate: float | None = None, weights: str | None = None) -> Pipeline:
+    def _with(
+        self, *, rate: float | None = None, engine: str | None = None, weights: str | None = None
+    ) -> Pipeline:
         return Pipeline(
             self.name,
             self.checkpoint,
             rate=self.rate if rate is None else rate,
-            engine=self.engine if weights is None else "auto",
+            engine=engine or self.engine,
             weights=weights or self.weights,
         )
 
     @cached_property
-    def stepper(self) -> RecurrentModel | CompiledModel:
+    def stepper(self) -> Stepper:
         """What draws samples; see ``stepper.choose``."""
         return choose(self.recurrent, self.engine, self.weights)
 
     @property
     def stepped_weights(self) -> str:
-        """The weights that samples are stepped with; they may change the samples."""
-        return self.weights if isinstance(self.stepper, CompiledModel) else EXACT
+        """The weights that samples are stepped with; they may change the samples.
+
+        "cuda bf16" rounds activations, too, and so is another than "bf16".
+        """
+        if isinstance(self.stepper, RecurrentModel):
+            return EXACT
+        rounded = isinstance(self.stepper, CapturedModel) and self.weights != EXACT
+        return self.engine_name if rounded else self.weights
+
+    @property
+    def side_by_side(self) -> int:
+        """Samples that are stepped as one batch, at most."""
+        stepper = self.stepper
+        return stepper.largest_batch if isinstance(stepper, CapturedModel) else LARGEST_BATCH
 
     @property
     def engine_name(self) -> str:
@@ -418,7 +434,7 @@ class Pipeline:
     def batches(
         self, plan: Plan, state: Reading | None = None, snapshot_every: int = 0
     ) -> Iterator[Session]:
-        """The samples of a plan, at most ``LARGEST_BATCH`` side by side; the prompt is read once.
+        """The samples of a plan, at most ``side_by_side`` in a batch; the prompt is read once.
 
         ``state``: what to continue, if the plan says so and its tokens do not suffice.
         """
@@ -436,9 +452,10 @@ class Pipeline:
         if plan.guidance != 1:
             unconditional = (self.codec.boundary, *plan.tokens[1:])
             guide = read(self.recurrent, torch.tensor(unconditional))
+        size = self.side_by_side
         parts = (
-            replace(plan, indices=plan.indices[i : i + LARGEST_BATCH])
-            for i in range(0, len(plan.indices), LARGEST_BATCH)
+            replace(plan, indices=plan.indices[i : i + size])
+            for i in range(0, len(plan.indices), size)
         )
         return (
             Session(
@@ -493,10 +510,17 @@ class Pipeline:
                 pipe._check(plan)
             if recipe.then and not isinstance(pipe.codec, Audio):
                 raise ValueError("only sound has several parts")
-            if recipe.weights != pipe.stepped_weights:
-                pipe = pipe._with(weights=recipe.weights)
         except ValueError as error:
             raise RecipeError(f"the recipe is damaged: {error}") from error
+        if recipe.weights != pipe.stepped_weights:
+            engine, _, weights = recipe.weights.rpartition(" ")
+            try:
+                check_choice(engine or "auto", weights)
+            except ValueError as error:
+                raise RecipeError(
+                    f"the recipe says {recipe.weights!r:.40}: {error!s:.200}"
+                ) from error
+            pipe = pipe._with(engine=engine or "auto", weights=weights)
         if recipe.weights != pipe.stepped_weights:
             raise RecipeError(
                 f"the recipe needs the compiled engine with {recipe.weights} weights, which is not "

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 from genssm.codec import Raw
+from genssm.cuda import CapturedModel
 from genssm.engine import GROUP, CompiledGeneration, Reading, draw_ahead
 from genssm.pipeline import LARGEST_BATCH, Pipeline, Sample, Session
 from genssm.request import Plan, Request, Settings
@@ -102,7 +103,8 @@ class Scheduler:
     is larger; for 16, shared out in groups of 8, 1.4 and 1.5.
 
     A compiled model has one worker for each core that torch may use; the eager model has one, for
-    torch brings its own threads, and steps requests one by one.
+    torch brings its own threads, and steps requests one by one. On a GPU there is one, too, and all
+    that wait at one phase make one batch.
     """
 
     def __init__(self, pipe: Pipeline, *, limit: int = 16) -> None:
@@ -113,6 +115,8 @@ class Scheduler:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         compiled = isinstance(pipe.stepper, CompiledModel)
+        captured = isinstance(pipe.stepper, CapturedModel)
+        self._together = LARGEST_BATCH if captured else GROUP  # rows of a batch, about
         self._workers = [
             threading.Thread(target=self._work, name=f"genssm {pipe.name} {i}", daemon=True)
             for i in range(allowed_threads() if compiled else 1)
@@ -184,7 +188,7 @@ class Scheduler:
                 other = None if job is None else job._hungry
                 if job is None or other is None or other.place != generation.place:
                     continue
-                if len(company) == share or rows + other.rows > GROUP:
+                if len(company) == share or rows + other.rows > self._together:
                     break
                 company.append(job)
                 rows += other.rows

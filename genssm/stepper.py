@@ -48,13 +48,11 @@ MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a pane
 Array = np.ndarray[Any, Any]
 
 
-def choose(
-    model: RecurrentModel, kind: str = "auto", weights: str = WEIGHTS[0]
-) -> RecurrentModel | CompiledModel | CapturedModel:
-    """What steps a model: "cpu" is compiled, "eager" is the model itself, "auto" the faster of both.
+def choose(model: RecurrentModel, kind: str = "auto", weights: str = WEIGHTS[0]) -> Stepper:
+    """What steps a model: "cpu" is compiled, "eager" is the model itself, "auto" the faster.
 
-    "cuda", only when it is asked for, captures steps as CUDA graphs: it is made for batches. A model
-    that an engine cannot run runs eagerly, with one warning that says why.
+    "cuda" is chosen only by name: CUDA graphs, made for batches. A model that an engine cannot run
+    runs eagerly, with one warning that says why.
     """
     check_choice(kind, weights)
     if kind == "eager":
@@ -68,7 +66,7 @@ def choose(
         return model
 
 
-def describe(model: RecurrentModel | CompiledModel | CapturedModel) -> str:
+def describe(model: Stepper) -> str:
     """The name of what steps: "eager", "cpu bf16", "cuda fp32", …"""
     return "eager" if isinstance(model, RecurrentModel) else f"{model.engine} {model.weights}"
 
@@ -695,8 +693,8 @@ class CompiledModel:
             )
 
     def _run(
-        self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, *, seen: Array, given: int = 0,
-        scored: bool = False, threads: int = 1,
+        self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, *, seen: Array,
+        given: int = 0, scored: bool = False, threads: int = 1,
     ) -> Array:  # fmt: skip
         """``simd.run``; returns the bits of the tokens (S, n)."""
         room, bits = memory.room, np.zeros(tokens.shape)
@@ -727,6 +725,9 @@ class CompiledModel:
             _as_team(run, threads, gate)
         memory.positions += tokens.shape[1]
         return bits
+
+
+Stepper = RecurrentModel | CompiledModel | CapturedModel
 
 
 class Pace:

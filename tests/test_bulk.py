@@ -21,7 +21,7 @@ def pipes(make_checkpoint: Callable[[str], Checkpoint]) -> dict[str, Pipeline]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "_BLOCK", 3)
+    monkeypatch.setattr(Pipeline, "side_by_side", 3)
 
 
 REQUEST = Request(count=10, seed=5, max_tokens=6)

@@ -232,9 +232,10 @@ class CapturedModel:
     @property
     def largest_batch(self) -> int:
         """Samples that are stepped side by side, a power of two."""
-        least, most = ROWS
-        fitting = STATES // self.model.state_bytes()
-        return min(most, max(least, 1 << fitting.bit_length() - 1))
+        rows, most = ROWS
+        while rows < most and 2 * rows * self.model.state_bytes() <= STATES:
+            rows *= 2
+        return rows
 
     def threads(self, rows: int) -> int:
         """Threads that step a batch: the one that replays."""
@@ -308,8 +309,8 @@ class CapturedModel:
         """``advance`` as one replay of a CUDA graph, where there is CUDA and it can be captured."""
         if not self._captures:
             return advance
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device):
                 self._stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._stream):

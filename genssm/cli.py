@@ -769,10 +769,13 @@ def sampling(
     small: Annotated[bool, typer.Option("--small", help="Tiny models only.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Measure sampling: tokens/s, bandwidth, GPT-2 and convolution beside it, first token."""
+    """Measure sampling: tokens/s, bandwidth, GPT-2 and convolution beside it, first token.
+
+    With a GPU, also batches of the engine cuda, and GPT-2 there.
+    """
     import torch
 
-    from genssm import sampling_benchmark
+    from genssm import cuda_benchmark, sampling_benchmark
     from genssm.checkpoint import replace_file
 
     for file in (out, plot):
@@ -781,6 +784,8 @@ def sampling(
         sampling_benchmark.require_plots()
     torch.set_flush_denormal(True)
     facts = sampling_benchmark.benchmark_sampling(small, _say)
+    if torch.cuda.is_available():
+        facts["cuda"] = cuda_benchmark.benchmark_cuda(torch.device("cuda"), small, _say)
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(out, lambda file: file.write_text(text))

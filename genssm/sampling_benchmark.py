@@ -35,7 +35,8 @@ from genssm.model import (
 from genssm.pipeline import load
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
-from genssm.stepper import EXACT, CompiledModel
+from genssm.stepper import CompiledModel
+from genssm.stepping import EXACT
 from genssm.threads import torch_threads
 
 VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8"))  # engine, weights
@@ -364,29 +365,30 @@ def build_transformer(parameters: int, config: ModelConfig, positions: int) -> n
 
 
 def _drawn(logits: Tensor, stream: RandomStream) -> Tensor:
-    """logits (1, V) → a token (1,)."""
-    uniform = torch.tensor([stream.next()], dtype=torch.float64)
+    """logits (B, V) → tokens (B,)."""
+    uniform = torch.from_numpy(stream.take(len(logits))).to(logits.device)
     return draw(probabilities(logits, SamplingConfig()), uniform)
 
 
 @torch.no_grad()
-def measure_cached(model: nn.Module, context: int, extent: Extent) -> float:
-    """Tokens a second of a Transformer with its cache of keys and values.
+def measure_cached(model: nn.Module, context: int, extent: Extent, batch: int = 1) -> float:
+    """Tokens a second, of all samples, of a Transformer with its cache of keys and values.
 
     A step costs what it does at ``context`` to ``context + MARGIN`` tokens.
     """
     stream, steps = RandomStream(0, 0), MARGIN // (extent.repeats + 1)
-    tokens = torch.randint(0, 256, (1, context))
+    tokens = torch.randint(0, 256, (batch, context)).to(next(model.parameters()).device)
     out = model(tokens, use_cache=True, logits_to_keep=1)
 
     def run() -> None:
         nonlocal out
         for _ in range(steps):
             token = _drawn(out.logits[:, -1], stream)
-            out = model(token[None], past_key_values=out.past_key_values, use_cache=True)
+            out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+        out.logits.cpu()  # waits for a GPU
 
     run()
-    return steps / statistics.median(_seconds(run) for _ in range(extent.repeats))
+    return batch * steps / statistics.median(_seconds(run) for _ in range(extent.repeats))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from genssm import cuda_benchmark
 from genssm.benchmark import REFERENCE
 from genssm.cli import app
 from genssm.conversion import to_recurrent
@@ -144,3 +145,31 @@ def test_benchmark_writes_all_sections(tmp_path: Path):
     assert first["seconds_stepping_extrapolated_from_16_tokens"] > 0
     assert facts["start_up"]["seconds"] > 0
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_batches_on_a_gpu_are_measured_beside_the_transformer():
+    """The measurement, on a CPU: the figures are of no interest."""
+    pytest.importorskip("transformers")
+    lines: list[str] = []
+    facts = cuda_benchmark.benchmark_cuda(torch.device("cpu"), small=True, report=lines.append)
+    speeds = facts["speeds"]
+    assert len(speeds) == len(lines) == 2 * 2 * 2  # engines, weights, batches
+    assert all(speed["tokens_per_second"] > 0 for speed in speeds)
+    assert {(s["weights"], s["batch"]) for s in speeds if s["engine"] == "genssm cuda"} == {
+        ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2),
+    }  # fmt: skip
+    ours, theirs = (speed["parameters"] for speed in speeds[:2])
+    assert theirs == pytest.approx(ours, rel=0.5)  # a small one with a table of positions
+
+
+def test_what_does_not_fit_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
+    def fill(*_: object) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(cuda_benchmark, "measure_captured", fill)
+    monkeypatch.setattr(cuda_benchmark.importlib.util, "find_spec", lambda name: None)
+    lines: list[str] = []
+    facts = cuda_benchmark.benchmark_cuda(torch.device("cpu"), small=True, report=lines.append)
+    assert {speed["tokens_per_second"] for speed in facts["speeds"]} == {None}
+    assert all("does not fit" in line for line in lines)

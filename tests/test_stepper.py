@@ -537,7 +537,7 @@ def test_the_choice_is_shown_and_checked(make_model: MakeModel) -> None:
     assert describe(choose(model)) == "cpu bf16"
     assert describe(choose(model, "cpu", "int8")) == "cpu int8"
     assert describe(choose(model, "eager")) == "eager"
-    with pytest.raises(ValueError, match="engine must be one of auto, eager, cpu; got 'gpu'"):
+    with pytest.raises(ValueError, match="engine must be one of auto, eager, cpu, cuda; got 'gpu'"):
         check_choice("gpu", "bf16")
     with pytest.raises(ValueError, match="weights must be one of bf16, fp32, int8; got 'fp8'"):
         check_choice("cpu", "fp8")

@@ -47,6 +47,7 @@ ORDER = (
     "pipeline",
     "scheduler",
     "sampling_benchmark",
+    "cuda_benchmark",
     "inspection",
     "notes",
     "sample_quality",

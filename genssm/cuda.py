@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genssm.model import Inputs, Linear, PhasedLinear, RecurrentModel, State
+from genssm.model import Inputs, Linear, RecurrentModel, State
 from genssm.sampling import draw, penalize
 from genssm.stepping import Draws, UnsupportedError
 
@@ -113,32 +113,13 @@ def embed(
 
     Returns features (B, H), the linear prediction (B, 1) or None, the history after the token.
     """
-    config, kept = inputs.config, int(inputs.config.conditioned)
+    kept = int(inputs.config.conditioned)
     first, before = history[:, :kept], history[:, kept:]
     first = torch.where(position[:, None] == 0, token[:, None], first)
-    window = torch.cat([before, token[:, None]], 1)  # (B, reach + 1)
-    x, prediction = inputs.embedding(token), None
-    if inputs.condition is not None:
-        x = x + inputs.condition(first[:, 0].clamp(min=0))
-    if inputs.taps is not None:
-        values = inputs.values(window)
-        tapped = torch.stack([values[:, -k] for k in config.taps], -1)  # (B, taps)
-        x = x + _phased(inputs.taps, tapped, position)
-        if inputs.prediction is not None:
-            prediction = _phased(inputs.prediction, tapped, position)
-    if config.image_shape is not None:
-        rows, columns, channels = config.image_shape
-        row = (position // (columns * channels)).clamp(max=rows - 1)
-        places = row, position // channels % columns, position % channels
-        for table, index in zip(inputs.positions, places, strict=True):
-            x = x + table[index]
-    return x, prediction, torch.cat([first, window[:, 1:]], 1)
-
-
-def _phased(layer: PhasedLinear, x: Tensor, position: Tensor) -> Tensor:
-    """x (B, n_in) at positions (B,) → (B, n_out)."""
-    weight = layer.weight[position % len(layer.weight)]  # (B, n_out, n_in)
-    return (weight * x[:, None]).sum(-1)
+    window = torch.cat([before, token[:, None]], 1)
+    x, prediction = inputs(window, position, first)
+    history = torch.cat([first, window[:, 1:]], 1)
+    return x[:, 0], None if prediction is None else prediction[:, 0], history
 
 
 def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:

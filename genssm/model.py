@@ -234,9 +234,15 @@ class PhasedLinear(nn.Module):
         bound = 1 / math.sqrt(n_in)
         self.weight = nn.Parameter(torch.empty(phases, n_out, n_in).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, position: int) -> Tensor:
-        """x (B, L, n_in), whose first entry stands at ``position`` → (B, L, n_out)."""
+    def forward(self, x: Tensor, position: int | Tensor) -> Tensor:
+        """x (B, L, n_in), whose first entry stands at ``position`` → (B, L, n_out).
+
+        Rows of one entry, L = 1, may each stand at a position (B,) of their own.
+        """
         phases = self.weight.shape[0]
+        if isinstance(position, Tensor):
+            weight = self.weight[position % phases]  # (B, n_out, n_in)
+            return (weight * x).sum(-1)[:, None]
         y = x.new_empty(*x.shape[:-1], self.weight.shape[1])
         for i in range(min(phases, x.shape[1])):
             w = self.weight[(position + i) % phases].to(x.dtype)
@@ -287,10 +293,11 @@ class Inputs(nn.Module):
         return torch.where(inside, tokens.to(dtype) * (2 / top) - 1, 0.0)
 
     def forward(
-        self, window: Tensor, position: int, first: Tensor | None = None
+        self, window: Tensor, position: int | Tensor, first: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """window (B, reach + L): the tokens at position … position + L - 1 and ``reach`` before.
 
+        For L = 1, every row may have a position of its own, (B,).
         ``first`` (B, 1) is the first token of the sequence, which a conditioned model needs.
         Returns features (B, L, H) and, for the logistics head, a linear prediction of
         the next value (B, L, 1).
@@ -315,7 +322,8 @@ class Inputs(nn.Module):
                 prediction = self.prediction(tapped, position)
         if self.config.image_shape is not None:
             rows, columns, channels = self.config.image_shape
-            t = torch.arange(position, position + length, device=window.device)
+            start = position[:, None] if isinstance(position, Tensor) else position
+            t = start + torch.arange(length, device=window.device)
             row = (t // (columns * channels)).clamp(max=rows - 1)
             for table, index in zip(
                 self.positions, (row, t // channels % columns, t % channels), strict=True

@@ -45,7 +45,7 @@ needs_gpu = pytest.mark.skipif(
 CPU = torch.device("cpu")
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # of logits, over the largest
 ARCHITECTURES = {
-    "S4D": ("isotropic", "s4d"),
+    "S4D, taps of tokens": ("isotropic", "s4d"),
     "S4 of rank 1": ("isotropic", "s4"),
     "S4 of rank 2": ("isotropic", "s4-legt"),
     "LSSL": ("isotropic", "lssl"),

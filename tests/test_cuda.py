@@ -3,6 +3,7 @@
 On a CPU the same steps run one by one. What only a GPU can show is marked, and skipped without one.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -387,6 +388,21 @@ def test_the_choice_is_shown_and_checked(make_model: MakeModel, on_cpu: None) ->
     assert describe(choose(model)) == "cpu bf16"
     with pytest.warns(UserWarning, match="runs eagerly.*cuda is for float32 models"):
         assert isinstance(choose(model.double(), "cuda"), RecurrentModel)
+
+
+def test_the_command_draws_by_it(
+    make_checkpoint: Callable[[str], Checkpoint], on_cpu: None, tmp_path: Path
+) -> None:
+    folder = str(save(make_checkpoint("text"), tmp_path / "text"))
+    options = ["sample", "-m", folder, "--max-tokens", "40", "--seed", "1", "--json", "-n", "3"]
+    texts = {}
+    for engine, name in (("cuda", "cuda fp32"), ("eager", "eager")):
+        choice = ["--engine", engine, "--weights", "fp32"]
+        result = CliRunner().invoke(app, [*options, *choice])
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [line["engine"] for line in lines] == [name] * 3
+        texts[engine] = [line["text"] for line in lines]
+    assert texts["cuda"] == texts["eager"]
 
 
 def test_what_the_engine_has_not_is_one_sentence(

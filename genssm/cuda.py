@@ -99,11 +99,8 @@ class Board:
     uniforms: Tensor  # (N, LONGEST) float64
     tokens: Tensor  # (N, LONGEST) int64, drawn
     bits: Tensor  # (N, LONGEST) float64
+    # By phase, number of tokens, and whether top_k or top_p filter any row.
     steps: dict[tuple[int, int, bool], Callable[[], None]] = field(default_factory=dict)
-
-    @property
-    def logits(self) -> Tensor:
-        return self.tensors[1]
 
 
 def embed(
@@ -271,17 +268,14 @@ class CapturedModel:
 
     def _board(self, rows: int) -> Board:
         if rows not in self._boards:
-            state, zeros = self.model.initial_state(rows), partial(torch.zeros, device=self.device)
-            logits, places = (
-                torch.zeros(rows, self.config.n_outputs),
-                zeros(rows, dtype=torch.int64),
-            )
-            drawn = zeros(rows, LONGEST, dtype=torch.int64)
+            zeros, size = partial(torch.zeros, device=self.device), self.config.n_outputs
+            empty = self.load(self.model.initial_state(rows), torch.zeros(rows, size))
+            places, drawn = (zeros(shape, dtype=torch.int64) for shape in (rows, (rows, LONGEST)))
             self._boards[rows] = Board(
-                positions=places, tensors=self.load(state, logits).tensors, own=places.clone(),
+                positions=places, tensors=empty.tensors, own=places.clone(),
                 guide=places.clone(), reads=places.clone(),
                 settings=zeros(rows, 6, dtype=torch.float64),
-                seen=zeros(rows, self.config.n_outputs, dtype=torch.bool),
+                seen=zeros(rows, size, dtype=torch.bool),
                 uniforms=drawn.double(), tokens=drawn, bits=drawn.double(),
             )  # fmt: skip
         return self._boards[rows]

@@ -188,6 +188,7 @@ def storage_dtypes(model: SequenceModel) -> dict[str, torch.dtype]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
     }
+    halved |= {f"inputs.token_taps.{i}" for i in range(len(model.config.token_taps))}
     return {
         name: torch.bfloat16 if name in halved else torch.float32 for name in model.state_dict()
     }

@@ -87,6 +87,8 @@ def test_matrices_are_halved_and_the_dynamics_are_not(make_checkpoint: MakeCheck
     halved = {name for name, t in weights.items() if t.dtype == torch.bfloat16}
     assert {"inputs.embedding.weight", "head.linear.weight"} <= halved
     assert all(weights[name].dim() == 2 for name in halved)
+    read = checkpoints.stored_weights(make_checkpoint("text").model)["inputs.token_taps.0"]
+    assert read.dtype == torch.bfloat16
     assert not any(
         word in name for name in halved for word in ("log_dt", "frequency", ".C", ".D", "norm")
     )

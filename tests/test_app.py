@@ -277,7 +277,7 @@ def test_a_request_ends_in_time_with_what_it_has(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("genssm.interface.write.TOKENS", 10**7)
-    monkeypatch.setattr(houses, "SECONDS", 0.5)
+    monkeypatch.setattr(houses, "SECONDS", 0.05)
     *_, (text, whole, status, written) = Writer(house).write("The river", 10**7, seed=1)
     assert written.visit.samples()[0].finish == "interrupted"
     assert whole["done"]

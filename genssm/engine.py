@@ -219,7 +219,7 @@ class CompiledGeneration:
         """Threads that step at once: groups of samples, or shares of one group's vectors."""
         if len(self._parts) > 1:
             return self._threads
-        return self.model.threads(self.rows)
+        return min(self.model.threads(self.rows), allowed_threads())
 
     @property
     def place(self) -> tuple[int, int]:

@@ -4,12 +4,13 @@ On a CPU the same steps run one by one. What only a GPU can show is marked, and 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from drawing import PROMPT, SETTINGS, drawn, tokens_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from typer.testing import CliRunner
@@ -54,36 +55,10 @@ ARCHITECTURES = {
     "pools of S4, conditioned": ("pooled", "s4"),
     "taps, positions and logistics": ("image", "s4d"),
 }
-PROMPT = torch.tensor([20, 3, 1, 4])
-SETTINGS = [
-    SamplingConfig(),
-    SamplingConfig(temperature=0),
-    SamplingConfig(temperature=0.7, top_k=5),
-    SamplingConfig(top_k=1000),
-    SamplingConfig(top_p=0.8),
-    SamplingConfig(min_p=0.2),
-    SamplingConfig(repetition_penalty=1.5, temperature=1.3, top_k=12, top_p=0.9, min_p=0.05),
-    SamplingConfig(repetition_penalty=0.5, temperature=0),
-    SamplingConfig(top_p=1e-9),
-    SamplingConfig(top_k=1, temperature=100),
-]
 
 
 def captured(model: RecurrentModel, weights: str = "fp32") -> CapturedModel:
     return CapturedModel(model, weights, CPU)
-
-
-def drawn(generation: Generation | CompiledGeneration, steps: int) -> list[list[Drawn]]:
-    """Steps by sample."""
-    result: dict[int, list[Drawn]] = {}
-    for _ in range(steps):
-        for d in generation.step():
-            result.setdefault(d.sample, []).append(d)
-    return list(result.values())
-
-
-def tokens_of(samples: Sequence[Sequence[Drawn]]) -> list[list[int]]:
-    return [[d.token for d in sample] for sample in samples]
 
 
 def assert_same(samples: list[list[Drawn]], expected: list[list[Drawn]]) -> None:
@@ -224,14 +199,8 @@ def test_generations_that_share_a_batch_draw_what_they_would_alone(
         )
 
 
-@pytest.mark.parametrize("weights", TOLERANCE)
-@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
-def test_a_row_does_not_depend_on_its_company(
-    make_model: MakeModel, kind: str, weights: str
-) -> None:
-    """To the last bit, for widths of whole vectors, in less and more than a tile."""
-    widths = (32, 32, 64)[: 1 if kind == "isotropic" else 3]
-    model = captured(to_recurrent(make_model(kind, d_model=widths)), weights)
+def assert_company_does_not_matter(model: CapturedModel) -> None:
+    """Rows among more than a tile of others come out as in smaller batches, to the last bit."""
     logits, state = prompts(model.model, TILE + 3)
     everyone = model.load(state, logits)
     step(model, everyone, SamplingConfig(), 10)
@@ -240,6 +209,17 @@ def test_a_row_does_not_depend_on_its_company(
         step(model, memory, SamplingConfig(), 10)
         for a, b in zip(memory.tensors, everyone.tensors, strict=True):
             assert torch.equal(a, b[:batch])
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+def test_a_row_does_not_depend_on_its_company(
+    make_model: MakeModel, kind: str, weights: str
+) -> None:
+    """To the last bit, for widths of whole vectors, in less and more than a tile."""
+    widths = (32, 32, 64)[: 1 if kind == "isotropic" else 3]
+    model = captured(to_recurrent(make_model(kind, d_model=widths)), weights)
+    assert_company_does_not_matter(model)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -529,14 +509,7 @@ def test_a_row_of_a_graph_does_not_depend_on_its_company(
 ) -> None:
     eager = to_recurrent(make_model("pooled", d_model=(32, 32, 64)))
     model = CapturedModel(eager, weights, torch.device("cuda"))
-    logits, state = prompts(eager, TILE + 3)
-    everyone = model.load(state, logits)
-    step(model, everyone, SamplingConfig(), 10)
-    for batch in (1, 3):
-        memory = model.load(state.rows(torch.arange(batch)), logits[:batch])
-        step(model, memory, SamplingConfig(), 10)
-        for a, b in zip(memory.tensors, everyone.tensors, strict=True):
-            assert torch.equal(a, b[:batch])
+    assert_company_does_not_matter(model)
 
 
 @needs_gpu

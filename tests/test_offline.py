@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
+from api import call
+
 import genssm
 from genssm.interface import uploads
 from genssm.interface.house import House
@@ -59,19 +61,6 @@ def site(asked: list[Any]) -> Iterator[str]:
     page.close()
 
 
-def call(site: str, endpoint: str, data: list[Any]) -> str:
-    """The events that a request over HTTP is answered with."""
-    request = urllib.request.Request(
-        f"{site}gradio_api/call/{endpoint}",
-        json.dumps({"data": data}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{site}gradio_api/call/{endpoint}/{event}") as answer:
-        return answer.read().decode()
-
-
 def file_at(place: str, **others: Any) -> dict[str, Any]:
     return {"path": place, "meta": {"_type": "gradio.FileData"}, **others}
 
@@ -92,7 +81,7 @@ def test_an_address_in_the_place_of_a_file_is_refused(
 
 
 def test_the_address_of_a_file_beside_its_path_is_not_followed(site: str, asked: list[Any]) -> None:
-    upload = file_at("/tmp/gradio/nowhere.png", url=ADDRESSES[0])
+    upload = file_at(f"{tempfile.gettempdir()}/gradio/nowhere.png", url=ADDRESSES[0])
     assert "event: error" in call(site, "draw", ["any", 1, 0.9, 1, upload, 16, 1])
     assert asked == []
 

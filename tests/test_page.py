@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("the browser's tests need Chromium", allow_module_level=True)
 
+from api import call  # noqa: E402
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright  # noqa: E402
 
@@ -593,21 +593,10 @@ def test_the_examples_of_the_documentation_work(
 
 
 def test_curl_gets_text_and_sentences(site: str) -> None:
-    def call(data: list[Any]) -> str:
-        request = urllib.request.Request(
-            f"{site}gradio_api/call/write",
-            json.dumps({"data": data}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{site}gradio_api/call/write/{event}") as answer:
-            return answer.read().decode()
-
-    answer = call(["The river", 10, 0.8, 0.95, 1, 1])
+    answer = call(site, "write", ["The river", 10, 0.8, 0.95, 1, 1])
     assert "event: complete" in answer
     assert json.loads(answer.rsplit("data: ", 1)[1])[0].startswith("The river")
-    answer = call(["x" * 5000, 10, 0.8, 0.95, 1, 1])
+    answer = call(site, "write", ["x" * 5000, 10, 0.8, 0.95, 1, 1])
     assert "event: error" in answer
     assert "Traceback" not in answer
     assert str(Path(__file__).parent.parent) not in answer

@@ -6,13 +6,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from drawing import PROMPT, SETTINGS, drawn, tokens_of
 from torch import Tensor
 
 import genssm
@@ -48,31 +49,6 @@ OPERATIONS = {
     "pools of S4": ("pooled", "s4"),
     "taps, positions and logistics": ("image", "s4d"),
 }
-PROMPT = torch.tensor([20, 3, 1, 4])
-SETTINGS = [
-    SamplingConfig(),
-    SamplingConfig(temperature=0),
-    SamplingConfig(temperature=0.7, top_k=5),
-    SamplingConfig(top_p=0.8),
-    SamplingConfig(min_p=0.2),
-    SamplingConfig(repetition_penalty=1.5, temperature=1.3, top_k=12, top_p=0.9, min_p=0.05),
-    SamplingConfig(repetition_penalty=0.5, temperature=0),
-    SamplingConfig(top_p=1e-9),
-    SamplingConfig(top_k=1, temperature=100),
-]
-
-
-def drawn(generation: Generation | CompiledGeneration, steps: int) -> list[list[Drawn]]:
-    """Steps by sample."""
-    result: dict[int, list[Drawn]] = {}
-    for _ in range(steps):
-        for d in generation.step():
-            result.setdefault(d.sample, []).append(d)
-    return list(result.values())
-
-
-def tokens_of(samples: Sequence[Sequence[Drawn]]) -> list[list[int]]:
-    return [[d.token for d in sample] for sample in samples]
 
 
 def start(model: RecurrentModel, batch: int) -> tuple[Tensor, State, Tensor]:
@@ -458,7 +434,7 @@ def test_generations_that_share_a_block_draw_what_they_would_alone(
     def start(i: int) -> CompiledGeneration:
         guide = read(model, torch.cat([torch.tensor([label - 1]), prompts[i][1:]]))
         generation = begin(
-            model, read(model, prompts[i]), SETTINGS[i + 2], seed=i, indices=range(1 + i % 3),
+            model, read(model, prompts[i]), SETTINGS[i + 3], seed=i, indices=range(1 + i % 3),
             guide=guide if i == 2 else None, guidance=1.5 if i == 2 else 1.0,
         )  # fmt: skip
         assert isinstance(generation, CompiledGeneration)

@@ -163,10 +163,11 @@ def test_cauchy_kernel_matches_the_dense_bilinear_system(
 
 
 @pytest.mark.usefixtures("slices")
-def test_fft_convolution_is_the_causal_sum():
-    u, kernel, D = torch.randn(2, 9, 3), torch.randn(3, 2, 9), torch.randn(3, 2)
+@pytest.mark.parametrize("length", [1, 9, 16, 33])
+def test_fft_convolution_is_the_causal_sum(length: int):
+    u, kernel, D = torch.randn(2, length, 3), torch.randn(3, 2, length), torch.randn(3, 2)
     expected = D * u[..., None]  # (B, L, H, M)
-    for t in range(9):
+    for t in range(length):
         for k in range(t + 1):
             expected[:, t] += kernel[..., k] * u[:, t - k, :, None]
     torch.testing.assert_close(ssm.fft_convolution(u, kernel, D), expected.flatten(2))
@@ -311,7 +312,7 @@ def doubles(*shape: int, complex_valued: bool = False) -> Tensor:
 
 
 @pytest.mark.usefixtures("slices")
-@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("length", [1, 6, 9])
 def test_fft_convolution_has_the_right_gradients(length: int):
     inputs = (doubles(2, length, 3), doubles(3, 2, length), doubles(3, 2))
     assert torch.autograd.gradcheck(ssm.fft_convolution, inputs)

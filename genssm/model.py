@@ -83,8 +83,8 @@ class ModelConfig:
 
     @property
     def period(self) -> int:
-        """Tokens after which the phases of all pools repeat."""
-        return math.prod(self.pools)
+        """Tokens after which the phases of all pools, and the channels of a pixel, repeat."""
+        return math.lcm(math.prod(self.pools), self.channels)
 
     @property
     def channels(self) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -419,12 +420,21 @@ def test_blocks_grow_from_one_token_and_then_end_with_the_period(
     assert sizes == period[kind]
 
 
-@pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "no pools": ("isotropic", {}),
+    "pools": ("pooled", {}),
+    "pools of whole pixels": ("image", {}),
+    "pools of parts of pixels": ("image", {"pools": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
 def test_generations_that_share_a_block_draw_what_they_would_alone(
-    make_model: MakeModel, kind: str
+    make_model: MakeModel, case: str
 ) -> None:
     """Of other prompts, positions, settings, seeds, counts and with guides; they come and go."""
-    model = CompiledModel(to_recurrent(make_model(kind)))
+    kind, settings = SHARING[case]
+    model = CompiledModel(to_recurrent(make_model(kind, **settings)))
     period = model.config.period
     prompts = [torch.randint(0, 20, (3 + i * period,)) for i in range(4)]
     label = model.config.vocab_size - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ class Generation:
             if self._pending is not None:
                 read = self._pending.repeat(1 + self._guided)
                 self._logits, self._state = self.model.step(read, self._state)
+                self._pending = None  # so that an interruption does not have it read again
             logits = own = self._logits[: len(self.active)]
             if self._guided:
                 logits = torch.lerp(self._logits[len(self.active) :], own, self.guidance)
@@ -204,6 +206,7 @@ class CompiledGeneration:
         seen[:, start.tokens[start.tokens < size].numpy()] = True
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
+        self._drawing, self._lock = False, threading.Lock()  # whether the states are changing
         self._parts, self._threads = self._shared_out(_Part(list(self.active), memory, seen))
         self._position, self._size = len(start.tokens), 1
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
@@ -250,7 +253,14 @@ class CompiledGeneration:
         return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
 
     def _draws(self, size: int) -> list[Draws]:
-        """What decides the next block, part by part."""
+        """What decides the next block, part by part. Until ``_take`` the states are changing."""
+        with self._lock:
+            if self._drawing:
+                raise RuntimeError(
+                    "the last block of tokens was interrupted, and with it the states; go on from "
+                    "what was handed out: pipe.start(state=session.reading())"
+                )
+            self._drawing = True
         active = set(self.active)
         parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
         self._parts = [part for part in parts if part.held]
@@ -284,6 +294,7 @@ class CompiledGeneration:
             [Drawn(sample, tokens[t], bits[t]) for sample, tokens, bits in rows]
             for t in reversed(range(size))
         ]
+        self._drawing = False
 
     def finish(self, samples: set[int]) -> None:
         """Take samples out of the batch; the others go on as if nothing happened."""
@@ -297,9 +308,10 @@ class CompiledGeneration:
     def present(self) -> Snapshot | None:
         """What the model remembers of the samples of the last block, all of its tokens included.
 
-        None while tokens of the block are still to be handed out.
+        None while a block is being drawn, or tokens of it are still to be handed out.
         """
-        return None if self._ahead else self._joined(self._parts)
+        with self._lock:
+            return None if self._drawing or self._ahead else self._joined(self._parts)
 
     def _joined(self, parts: list[_Part]) -> Snapshot:
         own = [torch.arange(len(part.held)) for part in parts]  # without guides

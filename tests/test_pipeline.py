@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import genssm
+from genssm import engine as loops
 from genssm import pipeline
 from genssm.checkpoint import Checkpoint, save
 from genssm.codec import Audio, Codec
@@ -19,7 +21,7 @@ from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
 from genssm.recipe import parse
 from genssm.request import GUIDANCE, Request
-from genssm.stepper import CompiledModel
+from genssm.stepper import CompiledModel, load_kernels
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 MODALITIES = ("text", "image", "audio")
@@ -227,6 +229,59 @@ def test_the_last_state_is_handed_out_and_not_read_again(
     monkeypatch.delattr(type(stepper), "read")
     state = session.reading()
     assert pipe.sample(state=state, max_tokens=5, temperature=0.0)[0].tokens == whole[50:]
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_an_interruption_harms_no_state(
+    pipes: dict[str, Pipeline], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when a block is drawn but not yet handed out, or when a token is read."""
+    pipe = Pipeline("audio", pipes["audio"].checkpoint, engine=engine, weights="fp32")
+    session = pipe.start("one", max_tokens=60, seed=1, snapshot_every=8)
+    for _ in range(4):
+        session.ready()
+    place, name = (loops, "probabilities") if engine == "eager" else (load_kernels(), "run")
+    work = getattr(place, name)
+
+    def interrupted(*arguments: Any) -> None:
+        work(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.ready()
+    reading = session.reading()
+    expected = pipe.read("one")
+    expected = read(pipe.recurrent, torch.tensor(session.tokens[0]), expected)
+    assert torch.equal(reading.tokens, expected.tokens)
+    torch.testing.assert_close(reading.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    if engine == "eager":
+        assert session.run()[0].tokens == pipe.sample("one", max_tokens=60, seed=1)[0].tokens
+    else:
+        with pytest.raises(RuntimeError, match=r"interrupted.*session\.reading"):
+            session.run()
+
+
+def test_a_state_can_be_taken_while_its_request_is_drawn(
+    pipes: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, say, that wants to go on from there."""
+    pipe = pipes["audio"]
+    session = pipe.start("one", max_tokens=60, seed=1, snapshot_every=8)
+    simd, readings = load_kernels(), []
+    work = simd.run
+
+    def watched(*arguments: Any) -> None:
+        work(*arguments)
+        readings.append(session.reading())
+
+    monkeypatch.setattr(simd, "run", watched)
+    session.run()
+    assert len(readings) > 4
+    for reading in readings:
+        expected = read(pipe.recurrent, reading.tokens)
+        torch.testing.assert_close(reading.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rank_keeps_the_fewest_bits_per_token(pipes: dict[str, Pipeline]) -> None:

@@ -126,7 +126,8 @@ def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:
     """
     _, temperature, top_k, top_p, min_p, _ = settings.split(1, 1)
     logits, greedy = logits.double(), temperature == 0
-    p = torch.softmax(logits / torch.where(greedy, 1.0, temperature), -1)
+    below = logits - logits.amax(-1, True)
+    p = torch.softmax(below / torch.where(greedy, 1.0, temperature), -1)
     likeliest = torch.zeros_like(p).scatter(-1, logits.argmax(-1, True), 1.0)
     if not filtered:
         p = _renormalized(p, p >= min_p * p.amax(-1, True))

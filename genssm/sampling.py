@@ -27,16 +27,20 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        rules = [
-            (0 < self.repetition_penalty <= 10, "0 < repetition_penalty <= 10"),
-            (0 <= self.temperature <= 100, "0 <= temperature <= 100"),
-            (self.top_k >= 0, "top_k >= 0"),
-            (0 < self.top_p <= 1, "0 < top_p <= 1"),
-            (0 <= self.min_p <= 1, "0 <= min_p <= 1"),
+        rules = {
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 10, "0.01 <= … <= 10"),
+            "temperature": (0 <= self.temperature <= 100, "0 <= … <= 100"),
+            "top_k": (0 <= self.top_k < 2**31, "0 <= … < 2^31"),
+            "top_p": (1e-9 <= self.top_p <= 1, "1e-9 <= … <= 1"),  # single precision has it
+            "min_p": (0 <= self.min_p <= 1, "0 <= … <= 1"),
+        }
+        broken = [
+            f"{rule.replace('…', name)}, got {getattr(self, name)}"
+            for name, (holds, rule) in rules.items()
+            if not holds
         ]
-        broken = [rule for holds, rule in rules if not holds]
         if broken:
-            raise ValueError(f"sampling needs {', '.join(broken)}; got {self}")
+            raise ValueError(f"sampling needs {'; '.join(broken)}")
 
     def changed(self, **settings: float | int | None) -> SamplingConfig:
         """A copy in which settings that are not None are replaced."""
@@ -56,7 +60,8 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     logits = logits.double()
     if config.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    p = torch.softmax(logits / config.temperature, -1)
+    # Relative to the likeliest, so that no temperature is too low.
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / config.temperature, -1)
     if 0 < config.top_k < p.shape[-1]:
         least = p.topk(config.top_k, -1).values[:, -1:]
         p = _renormalized(p, p >= least)

@@ -958,7 +958,7 @@ def weigh(logits, first, width, inverse_temperature, weights):
     for i in range(LANES, width, LANES):
         peak = larger(peak, load(logits, first + i))
     most = largest(peak)
-    centre, scale = splat(most), splat(f32(inverse_temperature))
+    centre, scale = splat(most), splat(f32(min(inverse_temperature, 3e38)))  # a finite float32
     for i in range(0, width, LANES):
         distance = sub(load(logits, first + i), centre)
         store(weights, i, exp(mul(distance, scale)))

@@ -699,7 +699,7 @@ class CompiledModel:
         """``simd.run``; returns the bits of the tokens (S, n)."""
         room, bits = memory.room, np.zeros(tokens.shape)
         uniforms = np.concatenate([d.uniforms for d in draws])
-        settings = np.concatenate([[d.settings] * len(d.seen) for d in draws])
+        settings = np.array([d.settings for d in draws for _ in d.seen], np.float64)
         streams, reads, row = [], [], 0
         for d in draws:
             samples, rows = len(d.seen), d.memory.batch

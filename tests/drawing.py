@@ -19,6 +19,8 @@ SETTINGS = [
     SamplingConfig(repetition_penalty=0.5, temperature=0),
     SamplingConfig(top_p=1e-9),
     SamplingConfig(top_k=1, temperature=100),
+    SamplingConfig(top_k=2**31 - 1, top_p=0.9, temperature=1e-310),
+    SamplingConfig(repetition_penalty=0.01),
 ]
 
 

@@ -1,6 +1,7 @@
 """From logits to tokens."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -55,8 +56,9 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 
 
 def test_tiny_temperature_does_not_overflow() -> None:
-    p = probabilities(LOGITS * 1e4, SamplingConfig(temperature=1e-3))
-    assert p.tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
+    for temperature in (1e-3, 1e-40, 1e-310):
+        p = probabilities(LOGITS * 1e4, SamplingConfig(temperature=temperature))
+        assert p.tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
 
 
 def test_repetition_penalty_lowers_what_was_seen() -> None:
@@ -99,20 +101,22 @@ def test_new_seeds_differ_and_are_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "rule"),
     [
-        {"temperature": -1},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"min_p": -0.1},
-        {"min_p": 2},
-        {"repetition_penalty": 0},
-        {"temperature": math.nan},
+        ({"temperature": -1}, "0 <= temperature <= 100, got -1"),
+        ({"temperature": math.nan}, "0 <= temperature <= 100, got nan"),
+        ({"top_k": -1}, "0 <= top_k < 2^31, got -1"),
+        ({"top_k": 2**70}, f"0 <= top_k < 2^31, got {2**70}"),
+        ({"top_p": 0}, "1e-9 <= top_p <= 1, got 0"),
+        ({"top_p": 1e-320}, "1e-9 <= top_p <= 1, got 1e-320"),
+        ({"top_p": 1.5}, "1e-9 <= top_p <= 1, got 1.5"),
+        ({"min_p": -0.1}, "0 <= min_p <= 1, got -0.1"),
+        ({"min_p": 2, "top_k": -2}, "0 <= top_k < 2^31, got -2; 0 <= min_p <= 1, got 2"),
+        ({"repetition_penalty": 0}, "0.01 <= repetition_penalty <= 10, got 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(setting: dict) -> None:
-    with pytest.raises(ValueError, match="sampling needs"):
+def test_settings_out_of_range_are_refused_and_named(setting: dict, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^sampling needs {re.escape(rule)}$"):
         SamplingConfig(**setting)
 
 

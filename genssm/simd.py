@@ -13,11 +13,11 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import models, register_model
 
 LANES = 16  # floats in a vector
@@ -63,15 +63,25 @@ class VectorModel(models.PrimitiveModel):
 vector = Vector()
 
 
-def multiplies_bytes() -> bool:
-    """Whether code is compiled for a processor that sums products of bytes in words (VNNI).
+def compiles_for(feature: str) -> bool:
+    """Whether code is compiled for processors that have a feature, by its name in LLVM.
 
-    That is this processor, unless numba was told of another.
+    That is this processor, unless numba was told of another, or of less (NUMBA_CPU_FEATURES,
+    NUMBA_ENABLE_AVX).
     """
-    told: Any = config
-    if told.CPU_FEATURES is not None:
-        return "+avx512vnni" in told.CPU_FEATURES.split(",")
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni"))
+    target: Any = cpu_target
+    _, _, features = target.target_context.codegen().magic_tuple()
+    return f"+{feature}" in features.split(",")
+
+
+def multiplies_bytes() -> bool:
+    """Whether the processor sums products of bytes in words (VNNI)."""
+    return compiles_for("avx512vnni")
+
+
+def has_wide_vectors() -> bool:
+    """Whether the processor has 32 registers of 16 floats (AVX-512)."""
+    return compiles_for("avx512f")
 
 
 # Vector operations: each intrinsic is one LLVM instruction or two.

@@ -513,7 +513,7 @@ class CompiledModel:
         self.model, self.weights = model, weights
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
-        self._wide = _has_wide_vectors()
+        self._wide = self._simd.has_wide_vectors()
         self._paces: dict[int, Pace] = {}  # by rows of a batch
         self._thread = threading.local()  # room of each thread that steps
         self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
@@ -787,9 +787,3 @@ def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
         raise
     finally:
         wait(others)
-
-
-def _has_wide_vectors() -> bool:
-    import llvmlite.binding
-
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))

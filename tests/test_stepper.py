@@ -98,6 +98,25 @@ def test_code_for_lesser_processors_steps_alike(name: str, features: str, tmp_pa
     assert any(tmp_path.rglob("*.nbc"))  # compiled anew, for what was told
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 features")
+@pytest.mark.parametrize(
+    "told",
+    [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+avx2"}, {"NUMBA_ENABLE_AVX": "0"}],
+    ids=lambda told: next(iter(told)),
+)
+def test_code_uses_no_more_than_numba_is_told_of(told: dict[str, str]) -> None:
+    """An instruction that it does not compile for ends the process."""
+    code = (
+        "from genssm.stepper import load_kernels; simd = load_kernels()\n"
+        "print(simd.has_wide_vectors(), simd.DIGITS in simd.KINDS)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.stdout == "False False\n", run.stderr
+
+
 @pytest.mark.parametrize("kind", ["isotropic", "image"])
 def test_digits_give_what_floats_give(
     make_model: MakeModel, assert_near: AssertNear, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genssm import checkpoint as checkpoints
 from genssm import states
-from genssm.codec import Audio, Codec, Image, Raw
+from genssm.codec import Audio, Codec, Decoder, Image, Raw
 from genssm.conversion import to_recurrent
 from genssm.cuda import CapturedModel
 from genssm.data import Example
@@ -67,6 +67,48 @@ class Sample:
         return f"{self.modality} sample of {len(self.tokens)} tokens, seed {self.seed}"
 
 
+class _Ending(Decoder):
+    """Text that ends before the first of some strings.
+
+    What may be the beginning of one is held back until it is none.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+        self._decoder, self._stops = decoder, stops
+        self._longest = max(map(len, stops))
+        self.text, self._told = "", 0
+        self.stopped = False
+
+    def push(self, token: int) -> str | None:
+        piece = self._decoder.push(token)
+        if piece is None:
+            return None
+        start = max(0, len(self.text) + 1 - self._longest)  # no stop string lies before
+        self.text += piece
+        found = [at for stop in self._stops if (at := self.text.find(stop, start)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        return self._tell(len(self.text) - (0 if found else self._held()))
+
+    def flush(self) -> str | None:
+        self.text += self._decoder.flush() or ""
+        return self._tell(len(self.text))
+
+    def _held(self) -> int:
+        """Characters at the end with which a stop string begins."""
+        begun = (
+            size
+            for stop in self._stops
+            for size in range(1, len(stop))
+            if self.text.endswith(stop[:size])
+        )
+        return max(begun, default=0)
+
+    def _tell(self, end: int) -> str | None:
+        piece, self._told = self.text[self._told : end], end
+        return piece or None
+
+
 class Session:
     """A batch of samples in the making. Iterate over it to draw; ``samples()`` gives what is there.
 
@@ -96,8 +138,8 @@ class Session:
         self.tokens: list[list[int]] = [[] for _ in samples]
         self.token_bits: list[list[float]] = [[] for _ in samples]
         self.finish = ["interrupted"] * len(samples)
-        self._text = [""] * len(samples)  # continuation so far, for the stop strings
-        self._decoders = [codec.decoder() for _ in samples]
+        decoders = [codec.decoder() for _ in samples]
+        self._decoders = [_Ending(d, plan.stop) for d in decoders] if plan.stop else decoders
         self._generation = begin(
             model,
             start,
@@ -160,8 +202,8 @@ class Session:
             piece = self._decoders[i].push(drawn.token)
             if piece is not None:
                 whole.append(piece)
-                if self._stopped(i, piece):
-                    done[i] = "stop"
+            if self._stopped(i) is not None:
+                done[i] = "stop"
             if len(self.tokens[i]) >= self.plan.max_tokens:
                 done.setdefault(i, "length")
         if i in done and done[i] != "stop":
@@ -175,19 +217,16 @@ class Session:
             self.finish[i] = reason
         self._generation.finish(set(done))
 
-    def _stopped(self, i: int, piece: Raw) -> bool:
-        if not self.plan.stop:
-            return False
-        self._text[i] += piece
-        return any(s in self._text[i] for s in self.plan.stop)
+    def _stopped(self, i: int) -> str | None:
+        """What a sample continued before a stop string, if it came to one."""
+        decoder = self._decoders[i]
+        return decoder.text if isinstance(decoder, _Ending) and decoder.stopped else None
 
     def _raw(self, i: int) -> Raw:
-        raw = self.codec.decode([*self.plan.tokens, *self.tokens[i]])
-        if self.finish[i] == "stop":
-            text = self._text[i]
-            first = min(text.find(s) for s in self.plan.stop if s in text)
-            return self.codec.decode(self.plan.tokens) + text[:first]
-        return raw
+        text = self._stopped(i)
+        if text is not None:
+            return self.codec.decode(self.plan.tokens) + text
+        return self.codec.decode([*self.plan.tokens, *self.tokens[i]])
 
     def reading(self, sample: int = 0, position: int | None = None) -> Reading:
         """What the model remembers of a sample after its first ``position`` drawn tokens (all).

@@ -125,6 +125,21 @@ def test_a_stop_string_ends_the_text_before_it(pipes: dict[str, Pipeline]) -> No
     assert stopped.raw == "The" + continuation[: continuation.index(middle)]
 
 
+def test_what_is_streamed_ends_before_the_stop_string(pipes: dict[str, Pipeline]) -> None:
+    """Also one of many tokens, of which none is told before it is known to be no part of it."""
+    pipe = pipes["text"]
+    text = pipe.sample(max_tokens=60, seed=2)[0].raw
+    middle, no_stop = len(text) // 2, "\0no such text"
+    for stop in ([text[middle : middle + 9], text[-3:]], [text[middle : middle + 5] + no_stop]):
+        sample = pipe.sample(max_tokens=60, seed=2, stop=stop)[0]
+        assert (sample.finish == "stop") == (no_stop not in stop[0])
+        assert (
+            sample.raw
+            == text[: min(text.find(s) for s in stop) if sample.finish == "stop" else None]
+        )
+        assert "".join(pipe.stream(max_tokens=60, seed=2, stop=stop)) == sample.raw
+
+
 def test_a_picture_is_completed_below_the_kept_rows(pipes: dict[str, Pipeline]) -> None:
     pipe = pipes["image"]
     picture = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8)

@@ -706,8 +706,10 @@ def _at_rate(codec: Codec, rate: float) -> Audio:
         raise ValueError(
             f"the rate can be changed for sound only; this model makes {codec.modality}"
         )
-    if not math.isfinite(rate) or rate <= 0:
-        raise ValueError(f"the rate must be a positive number, got {rate}")
+    if not 1e-6 <= rate <= 1e6:
+        raise ValueError(
+            f"the rate must be a positive number, a millionth to a million, got {rate}"
+        )
     return Audio(round(codec.rate / rate), codec.labels)
 
 

@@ -572,7 +572,7 @@ def test_what_needs_classes_or_sound_says_so(pipes: dict[str, Pipeline]) -> None
         pipes["text"].classify("The")
     with pytest.raises(ValueError, match="for sound only; this model makes image"):
         pipes["image"].at_rate(0.5)
-    for rate in (0.0, -1.0, float("nan"), float("inf")):
+    for rate in (0.0, -1.0, 1e-320, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="the rate must be a positive number"):
             pipes["audio"].at_rate(rate)
     with pytest.raises(ValueError, match="must lie in 1000 … 192000 Hz"):

@@ -386,7 +386,7 @@ def draw_ahead(generations: Sequence[CompiledGeneration], threads: int | None = 
     first = generations[0]
     draws = [generation._draws(first.place[1]) for generation in generations]
     if len(draws) == 1 and len(draws[0]) > 1:
-        blocks = [in_threads(first.model.generate, draws[0], first.threads)]
+        blocks = [in_threads(first.model.generate, draws[0], min(first.threads, most))]
     else:
         every = [d for each in draws for d in each]
         together = iter(first.model.generate_together(every, most))

@@ -43,6 +43,7 @@ class Job:
         try:
             while (piece := self._pieces.get()) is not None:
                 yield piece
+            self._pieces.put(None)  # for whoever iterates again
         finally:
             self.cancel()
         if self._error is not None:
@@ -161,10 +162,12 @@ class Scheduler:
         return job
 
     def close(self) -> None:
-        """End the workers after the requests under way have had one more turn."""
+        """End the workers after the turns that are due; requests then end with what they have."""
         self._queue([None] * len(self._workers))
         for worker in self._workers:
             worker.join()
+        self._end([job for job in self._waiting if job is not None], None)
+        self._waiting.clear()
 
     def _queue(self, jobs: Sequence[Job | None]) -> None:
         with self._arrived:

@@ -14,7 +14,7 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Codec
 from genssm.engine import CompiledGeneration, draw_ahead
 from genssm.model import SequenceModel
-from genssm.pipeline import Pipeline
+from genssm.pipeline import Pipeline, Sample
 from genssm.scheduler import BusyError, Job, Scheduler
 
 
@@ -112,6 +112,33 @@ def test_a_deadline_ends_a_request_with_what_it_has(scheduler: Scheduler):
     assert time.monotonic() - started < 30
     assert sample.finish == "interrupted"
     assert len(sample.tokens) > 0
+
+
+def ended(job: Job) -> list[Sample]:
+    """What a job ends with, which must not take long."""
+    samples: list[Sample] = []
+    waiting = threading.Thread(target=lambda: samples.extend(job.run()), daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    return samples
+
+
+def test_a_request_that_is_over_may_be_waited_for_again(scheduler: Scheduler):
+    job = scheduler.submit(max_tokens=20, seed=3)
+    assert ended(job)[0].tokens == ended(job)[0].tokens == job.samples()[0].tokens
+
+
+def test_closing_ends_what_is_under_way_with_what_it_has(pipe: Pipeline):
+    scheduler = Scheduler(pipe)
+    jobs = [scheduler.submit(max_tokens=10**6, seed=i) for i in range(3)]
+    wait_until(lambda: all(job.samples() and job.samples()[0].tokens for job in jobs))
+    scheduler.close()
+    for job in jobs:
+        (sample,) = ended(job)
+        assert sample.finish == "interrupted"
+        assert len(sample.tokens) > 0
+    assert scheduler.busy == 0
 
 
 def test_a_failure_is_that_requests_alone(scheduler: Scheduler, pipe: Pipeline):

@@ -20,7 +20,15 @@ from torch import Tensor
 import genssm
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Drawn, Generation, begin, draw_ahead, read
+from genssm.engine import (
+    CompiledGeneration,
+    Drawn,
+    Generation,
+    begin,
+    draw_ahead,
+    in_threads,
+    read,
+)
 from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.sampling import RandomStream, SamplingConfig, probabilities
 from genssm.stepper import (
@@ -36,6 +44,7 @@ from genssm.stepper import (
     load_kernels,
     pack,
 )
+from genssm.threads import torch_threads
 
 MakeModel = Callable[..., SequenceModel]
 AssertNear = Callable[[Tensor, Tensor, float], None]
@@ -405,6 +414,31 @@ def test_samples_do_not_depend_on_their_company(
     assert_near(snapshot.reading(2, torch.tensor(begun)).logits, expected.logits, 5e-2)
     generation.finish({0, 2, 4})
     assert generation.step() == []
+
+
+def test_groups_are_stepped_by_no_more_threads_than_are_allowed(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as were fastest alone, where others draw beside them."""
+    monkeypatch.setattr(engine, "GROUP", 2)
+    trial = lambda _, parts, threads: 1 / len(parts) / threads  # noqa: E731
+    monkeypatch.setattr(CompiledGeneration, "_trial", trial)
+    compiled, used = CompiledModel(to_recurrent(make_model("pooled"))), []
+    with torch_threads(2):
+        generation = begin(
+            compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=range(5)
+        )
+        assert isinstance(generation, CompiledGeneration)
+        assert generation.threads == 2
+
+        def counted(function: Any, items: Any, threads: int) -> list[Any]:
+            used.append(threads)
+            return in_threads(function, items, threads)
+
+        monkeypatch.setattr(engine, "in_threads", counted)
+        draw_ahead([generation], 1)
+        drawn(generation, generation.ahead + 1)
+    assert used == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])

@@ -6,6 +6,8 @@ norms and embeddings stay in float32. Prompts are still read by the converted mo
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import threading
 import time
@@ -90,7 +92,8 @@ def load_kernels() -> ModuleType:
         from genssm import simd
     except RuntimeError:  # no folder for numba's cache: compile anew in this process
         settings: Any = numba
-        settings.config.CACHE_DIR = tempfile.mkdtemp(prefix="genssm-")
+        settings.config.CACHE_DIR = folder = tempfile.mkdtemp(prefix="genssm-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         from genssm import simd
     return simd
 

@@ -241,6 +241,7 @@ class CapturedModel:
             try:
                 tokens, bits = self._run(rows, draws, plan)
             except torch.cuda.OutOfMemoryError as error:
+                self._boards.pop(rows, None)  # so that fewer rows have its place
                 raise MemoryError(
                     f"the GPU has no memory for {rows} rows of this model; ask for fewer samples"
                 ) from error
@@ -287,14 +288,15 @@ class CapturedModel:
             return advance
         try:
             graph = torch.cuda.CUDAGraph()
+            mode = "thread_local"  # other threads may go on using the device
             with torch.cuda.device(self.device):
-                self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
+                outer = torch.cuda.current_stream()
+                self._stream.wait_stream(outer)
+                with torch.cuda.stream(self._stream):  # which a capture that fails does not leave
                     advance()  # loads and chooses the kernels
-                torch.cuda.current_stream().wait_stream(self._stream)
-                mode = "thread_local"  # other threads may go on using the device
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
-                    advance()
+                    outer.wait_stream(self._stream)  # what follows is kept for later, not done
+                    with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                        advance()
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:

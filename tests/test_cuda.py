@@ -4,8 +4,10 @@ On a CPU the same steps run one by one. What only a GPU can show is marked, and 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,20 +313,47 @@ def test_predictions_that_are_no_numbers_name_the_layer(make_model: MakeModel) -
         drawn(generation, 4)
 
 
+class FakeStreams:
+    """The streams of torch.cuda, and a graph whose capture fails as torch's does."""
+
+    def __init__(self) -> None:
+        self.current: Any = self
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    @contextmanager
+    def stream(self, chosen: object) -> Iterator[None]:
+        before, self.current = self.current, chosen
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: object, **_: object) -> Iterator[None]:
+        self.current = stream  # which it leaves only after a capture that succeeds
+        yield
+        raise RuntimeError("operation not permitted")
+
+
 def test_what_cannot_be_captured_runs_step_by_step(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the stream that was there before, for which other work waits."""
     eager = to_recurrent(make_model("pooled"))
     model, start = captured(eager), read(eager, PROMPT)
-
-    def refuse() -> None:
-        raise RuntimeError("operation not permitted")
-
+    outer, model._stream, model._pool = FakeStreams(), FakeStreams(), None
+    for name, fake in {
+        "CUDAGraph": object, "device": nullcontext, "stream": outer.stream, "graph": outer.graph,
+        "current_stream": lambda: outer.current,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
     model._captures = True
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
     with pytest.warns(UserWarning, match=r"not captured.*not permitted") as warnings:
         samples = drawn(begin(model, start, SamplingConfig(), seed=1, indices=[0]), 50)
     assert len(warnings) == 1
+    assert outer.current is outer
     assert_same(samples, drawn(begin(eager, start, SamplingConfig(), seed=1, indices=[0]), 50))
 
 
@@ -339,6 +368,7 @@ def test_a_gpu_without_room_is_one_sentence(
     logits, state = prompts(model.model, 3)
     with pytest.raises(MemoryError, match="no memory for 4 rows of this model; ask for fewer"):
         step(model, model.load(state, logits), SamplingConfig(), 1)
+    assert not model._boards  # whose memory fewer rows can have
 
 
 def test_the_largest_batch_is_bounded_by_its_states(

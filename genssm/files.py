@@ -12,12 +12,12 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from genssm import notes, recipe
+from genssm import notes, provenance
 from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.pipeline import Pipeline, Sample
-from genssm.recipe import Recipe, RecipeError
+from genssm.provenance import Recipe, RecipeError
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -64,14 +64,14 @@ def read_recipe(path: Path) -> Recipe:
     try:
         note = notes.find(path)
         if note is not None:
-            return recipe.parse(note)
+            return provenance.parse(note)
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise RecipeError("it has no recipe; PNG, WAV and --json files by genssm carry one")
         if path.stat().st_size > notes.LARGEST:
             raise RecipeError(f"it is larger than {notes.LARGEST} bytes")
         lines = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
         found = [line.get("recipe") if isinstance(line, dict) else None for line in lines]
-        return recipe.join([recipe.from_json(facts) for facts in found])
+        return provenance.join([provenance.from_json(facts) for facts in found])
     except OSError as error:
         raise RecipeError(f"cannot read {name}: {error.strerror}") from error
     except RecursionError as error:

@@ -23,7 +23,7 @@ from genssm.data import Example
 from genssm.engine import CompiledGeneration, Drawn, Generation, Reading, Snapshot, begin, read
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
-from genssm.recipe import MOST_TOKENS, Recipe, RecipeError
+from genssm.provenance import MOST_TOKENS, Recipe, RecipeError
 from genssm.request import GUIDANCE, Plan, Request, Settings
 from genssm.sampling import new_seed
 from genssm.stepper import WEIGHTS, CompiledModel, Stepper, check_choice, choose, describe

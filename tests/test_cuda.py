@@ -33,7 +33,7 @@ from genssm.engine import (
 )
 from genssm.model import Linear, RecurrentModel, SequenceModel, State
 from genssm.pipeline import Pipeline
-from genssm.recipe import RecipeError
+from genssm.provenance import RecipeError
 from genssm.request import Request
 from genssm.sampling import SamplingConfig
 from genssm.scheduler import Scheduler

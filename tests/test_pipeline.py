@@ -19,7 +19,7 @@ from genssm.data import Example
 from genssm.engine import read
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
-from genssm.recipe import parse
+from genssm.provenance import parse
 from genssm.request import GUIDANCE, Request
 from genssm.stepper import CompiledModel, load_kernels
 

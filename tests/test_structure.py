@@ -43,7 +43,7 @@ ORDER = (
     "engine",
     "states",
     "request",
-    "recipe",
+    "provenance",
     "pipeline",
     "scheduler",
     "sampling_benchmark",

@@ -9,7 +9,7 @@ import pytest
 
 from genssm.files import png, read_recipe, sound
 from genssm.notes import add
-from genssm.recipe import LARGEST, Recipe, RecipeError, from_json, join, parse
+from genssm.provenance import LARGEST, Recipe, RecipeError, from_json, join, parse
 from genssm.request import Plan
 from genssm.sampling import SamplingConfig
 

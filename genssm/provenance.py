@@ -1,4 +1,4 @@
-"""Recipes: what a sample was made from and how, as JSON beside it, so that it can be made again.
+"""Where a sample comes from: its recipe, as JSON in or beside its file, by which it is made again.
 
 A recipe may come from anywhere, so it is bounded and checked like any other input.
 """

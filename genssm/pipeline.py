@@ -426,9 +426,15 @@ class Pipeline:
             if plan.state is not None:
                 raise ValueError("guidance needs the prompt itself, not a state")
         if max(plan.tokens) >= self.codec.vocab_size:
-            raise ValueError(f"token ids must lie in 0 … {self.codec.vocab_size - 1}")
+            raise ValueError(
+                f"token ids must lie in 0 … {self.codec.vocab_size - 1}, got {max(plan.tokens)}"
+            )
         if plan.max_tokens > self._length(len(plan.tokens), plan.max_tokens):
-            raise ValueError("the samples would be longer than a picture")
+            whole = len(plan.tokens) + self._length(len(plan.tokens), None)
+            raise ValueError(
+                f"the samples would be longer than a picture, {whole} tokens with its start; got "
+                f"{len(plan.tokens)} and {plan.max_tokens} more"
+            )
 
     def read(
         self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
@@ -630,6 +636,8 @@ class Pipeline:
         Text: characters; pictures: rows uint8 (1, W, C); sound: float32 (n,). Settings are those of
         ``sample`` without ``count``. The prompt itself is not repeated.
         """
+        if (count := settings.get("count", 1)) != 1:
+            raise ValueError(f"a stream is of one sample, got count={count}; iterate over start")
         for _, piece in self.start(prompt, state=state, **settings):
             yield piece
 

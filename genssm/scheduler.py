@@ -148,8 +148,11 @@ class Scheduler:
         """
         request = Request(**settings)  # type: ignore[arg-type]
         plan = self.pipe.plan(prompt, request, state)
-        if len(plan.indices) > LARGEST_BATCH or request.rank > 1:
-            raise ValueError(f"one request makes at most {LARGEST_BATCH} samples, without rank")
+        if request.rank > 1 or request.count > LARGEST_BATCH:
+            raise ValueError(
+                f"one request makes at most {LARGEST_BATCH} samples, without rank; got "
+                f"count={request.count}, rank={request.rank}"
+            )
         job = Job(self.pipe, plan, state, time.monotonic() + seconds, snapshot_every)
         with self._lock:
             if self._jobs >= self.limit:

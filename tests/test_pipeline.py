@@ -567,6 +567,25 @@ def test_a_state_stands_alone(pipes: dict[str, Pipeline]) -> None:
         pipe.sample(state=state, guidance=2.0)
 
 
+def test_plans_that_are_of_another_model_say_why(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["image"]
+    recipe = pipe.recipe(pipe.sample(max_tokens=3, seed=1))
+    assert recipe is not None
+    long = "longer than a picture, 37 tokens with its start; got"
+    for change, message in (
+        ({"tokens": (256, 259)}, "token ids must lie in 0 … 258, got 259"),
+        ({"max_tokens": 37}, f"{long} 1 and 37 more"),
+        ({"tokens": (256,) * 38, "max_tokens": 0}, f"{long} 38 and 0 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.at_recipe(replace(recipe, plan=replace(recipe.plan, **change)))
+
+
+def test_a_stream_is_of_one_sample(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(ValueError, match=r"got count=2; iterate over start"):
+        next(pipes["text"].stream(count=2))
+
+
 def test_what_needs_classes_or_sound_says_so(pipes: dict[str, Pipeline]) -> None:
     with pytest.raises(ValueError, match="needs a model with classes"):
         pipes["text"].classify("The")

@@ -347,18 +347,20 @@ def _draw(
     ``begun`` is called at every piece, and when there is no more.
     """
     drawn: list[Session] = []
-    for session in sessions:
-        drawn.append(session)
-        try:
+    try:
+        for session in sessions:
+            drawn.append(session)
             for _, piece in session:
                 begun()
                 if live:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
-        except KeyboardInterrupt:
-            return drawn, True
-        finally:
-            begun()
+    except KeyboardInterrupt:
+        if not drawn:
+            raise
+        return drawn, True
+    finally:
+        begun()
     return drawn, False
 
 

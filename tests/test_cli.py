@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from genssm.checkpoint import Checkpoint, save
-from genssm.cli import app
+from genssm.cli import _draw, app
 from genssm.codec import Codec, Image
 from genssm.model import SequenceModel
 
@@ -437,6 +438,19 @@ def test_ctrl_c_saves_the_partial_picture(
     assert process.returncode == 130
     assert b"Traceback" not in errors
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_between_two_batches_keeps_the_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first: Any = [(0, "a"), (0, "b")]
+
+    def sessions() -> Any:
+        yield first
+        raise KeyboardInterrupt  # while the next batch is prepared
+
+    assert _draw(sessions(), True, lambda: None) == ([first], True)
+    assert capsys.readouterr().out == "ab"
 
 
 def test_a_closed_pipe_is_silent(folders, tmp_path) -> None:

@@ -262,8 +262,8 @@ class Session:
             Sample(
                 modality=self.codec.modality,
                 raw=self._raw(i),
-                tokens=self.tokens[i],
-                token_bits=self.token_bits[i],
+                tokens=list(self.tokens[i]),
+                token_bits=list(self.token_bits[i]),
                 seed=self.seed,
                 index=index,
                 finish=self.finish[i],

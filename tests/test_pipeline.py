@@ -246,6 +246,15 @@ def test_the_last_state_is_handed_out_and_not_read_again(
     assert pipe.sample(state=state, max_tokens=5, temperature=0.0)[0].tokens == whole[50:]
 
 
+def test_a_sample_stays_as_it_was_while_its_session_goes_on(pipes: dict[str, Pipeline]) -> None:
+    session = pipes["audio"].start("one", max_tokens=60, seed=1)
+    session.ready()
+    (early,) = session.samples()
+    assert len(early.tokens) == len(early.token_bits) == 1
+    assert len(session.run()[0].tokens) > 1
+    assert len(early.tokens) == len(early.token_bits) == len(early.raw) == 1
+
+
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_an_interruption_harms_no_state(
     pipes: dict[str, Pipeline], engine: str, monkeypatch: pytest.MonkeyPatch

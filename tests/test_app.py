@@ -122,6 +122,19 @@ def test_continuing_goes_on_from_the_state(house: House) -> None:
     assert longest.startswith(longer)
 
 
+def test_continuing_ends_what_is_still_written_and_loses_none_of_it(house: House) -> None:
+    writer = Writer(house)
+    writing = writer.write("The river", 600, 0.8, seed=5)
+    written = next(w for *_, w in writing if w.visit.samples() and w.visit.samples()[0].tokens)
+    *_, (longer, _, _, again) = writer.go_on(written, 6, 0.8)
+    (first,), (second,) = written.visit.samples(), again.visit.samples()
+    assert 0 < len(first.tokens) < 600
+    assert len(second.tokens) == 6
+    assert longer.startswith(first.raw)
+    assert len(longer) > len(first.raw)
+    writing.close()
+
+
 def test_there_must_be_something_to_continue(house: House) -> None:
     with pytest.raises(gr.Error, match="generate a text first"):
         next(Writer(house).go_on(None))

@@ -27,6 +27,7 @@ class Written:
 
     visit: Visit
     pieces: list[list[Any]]  # [text, bits] as shown; bits None for the prompt
+    begun: int  # how many of them were there before the visit
 
 
 class Writer:
@@ -67,14 +68,20 @@ class Writer:
         if before is None or before.visit.job is None or not before.visit.samples():
             raise ValueError("there is nothing to continue yet; generate a text first")
         settings = _settings(tokens, temperature, top_p, repetition_penalty)
+        before.visit.stop()
+        before.visit.job.run()  # to its end, which may be ahead of what was shown
+        pieces = before.pieces[: before.begun] + self._reader(before.visit).news()
         state = before.visit.job.reading()
-        yield from self._drawn(Visit(), list(before.pieces), None, state=state, **settings)
+        yield from self._drawn(Visit(), pieces, None, state=state, **settings)
+
+    def _reader(self, visit: Visit) -> PieceReader:
+        return PieceReader(self.house.pipe("text").codec.decoder(), visit)
 
     def _drawn(
         self, visit: Visit, pieces: list[list[Any]], prompt: str | None, **settings: Any
     ) -> Iterator[Update]:
-        growth, reader = Growth(pieces), PieceReader(self.house.pipe("text").codec.decoder(), visit)
-        written = Written(visit, growth.items)
+        growth, reader = Growth(pieces), self._reader(visit)
+        written = Written(visit, growth.items, len(pieces))
 
         def update(news: list[list[Any]], status: str) -> Update:
             message = growth.message(news)

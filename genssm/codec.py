@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 ANY = "any"  # the label that means no label
+RATES = (1_000, 192_000)  # Hz of sound, the least and the most
+FINEST = 1_000  # the most in the denominator of a ratio of sampling rates; common ones stay exact
 
 Raw = Any  # str, or a uint8 (H, W, C) array, or a float32 (samples,) array
 
@@ -341,8 +344,7 @@ class Audio(Codec):
     n_outputs = 257
 
     def __init__(self, rate: int, labels: Sequence[str] = ()) -> None:
-        if not 1000 <= rate <= 192_000:
-            raise ValueError(f"the sampling rate must lie in 1000 … 192000 Hz, got {rate}")
+        check_rate(rate)
         self.rate = rate
         self.labels = tuple(labels)
 
@@ -350,7 +352,9 @@ class Audio(Codec):
         """Bring sound to float32 mono (samples,) on [-1, 1] at this codec's rate.
 
         ``raw``: (samples,) or (samples, channels), floats on [-1, 1] or int16, at ``rate`` Hz.
-        Louder floats are clipped; channels are averaged.
+        Louder floats are clipped; channels are averaged. Rates without a common factor, such as
+        47,999 and 8,000 Hz, would need a filter of gigabytes: they are taken to be in the nearest
+        ratio of smaller numbers, here 6, which changes the pitch by at most a thousandth.
         """
         wave = np.asarray(raw)
         if wave.dtype == np.int16:
@@ -367,10 +371,8 @@ class Audio(Codec):
         wave = wave.astype(np.float32)
         if not np.isfinite(wave).all():
             raise ValueError("the sound holds values that are not finite numbers")
-        if rate is not None and rate != self.rate and len(wave):
-            from torchaudio.functional import resample
-
-            wave = resample(torch.from_numpy(wave), rate, self.rate).numpy()
+        if rate is not None:
+            wave = _resampled(wave, rate, self.rate)
         return np.clip(wave, -1, 1)
 
     def encode(self, raw: Raw, label: str | None = None) -> Tensor:
@@ -393,6 +395,28 @@ class Audio(Codec):
 
     def decoder(self) -> Decoder:
         return _AudioDecoder(self)
+
+
+def check_rate(rate: int) -> None:
+    """Raise ValueError for a sampling rate that no sound has."""
+    least, most = RATES
+    if not least <= rate <= most:
+        raise ValueError(f"the sampling rate must lie in {least} … {most} Hz, got {rate}")
+
+
+def _resampled(wave: np.ndarray, rate: int, own: int) -> np.ndarray:
+    """float32 (samples,) at ``rate`` → (samples·own/rate,). The filter grows with both terms."""
+    from torchaudio.functional import resample
+
+    check_rate(rate)
+    low, high = sorted((rate, own))
+    ratio = Fraction(low, high).limit_denominator(FINEST)
+    if ratio == 1 or not len(wave):
+        return wave
+    old, new = ratio.numerator, ratio.denominator
+    if rate > own:
+        old, new = new, old
+    return resample(torch.from_numpy(wave), old, new).numpy()
 
 
 class _AudioDecoder(Decoder):

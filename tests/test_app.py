@@ -485,6 +485,9 @@ def test_long_clips_are_refused_and_others_cut_to_their_end(
     empty = write_sound(tmp_path / "c.wav", np.zeros(0, np.float32), 4000)
     with pytest.raises(ValueError, match="clip is empty"):
         uploads.clip(str(empty), codec, 0.5)
+    swift = write_sound(tmp_path / "d.wav", np.zeros(100, np.float32), 2**31 - 1)
+    with pytest.raises(ValueError, match="sampling rate must lie in 1000 … 192000 Hz"):
+        uploads.clip(str(swift), codec, 0.5)
 
 
 # Sound

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -305,6 +306,38 @@ def test_sound_that_is_not_finite_is_refused(value: float):
 def test_sound_of_another_shape_or_dtype_is_refused(raw: Any):
     with pytest.raises(ValueError, match="sound must be floats or int16"):
         Audio(8000).encode(raw)
+
+
+@pytest.mark.parametrize("rate", [1009, 7999, 47_999, 191_999])
+def test_rates_without_a_common_factor_take_no_large_filter(
+    rate: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The filter from 47,999 to 8,000 Hz would have 8,000 × 48,073 numbers."""
+    resample = torchaudio.functional.resample
+
+    def bounded(wave: torch.Tensor, old: int, new: int) -> torch.Tensor:
+        assert max(old, new) <= 1000
+        return resample(wave, old, new)
+
+    monkeypatch.setattr(torchaudio.functional, "resample", bounded)
+    tone = np.sin(2 * np.pi * 200 * np.arange(rate // 4) / rate)
+    wave = Audio(8000).waveform(tone, rate)
+    assert len(wave) == pytest.approx(2000, rel=2e-3)
+    ideal = np.sin(2 * np.pi * 200 * np.arange(2000) / 8000)
+    assert np.abs(wave[500:1500] - ideal[500:1500]).max() < 0.1
+
+
+@pytest.mark.parametrize(("rate", "own"), [(44_100, 8000), (11_025, 16_000), (22_050, 8000)])
+def test_common_rates_are_resampled_exactly(rate: int, own: int):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 3000).astype(np.float32)
+    expected = torchaudio.functional.resample(torch.from_numpy(wave), rate, own)
+    assert np.array_equal(Audio(own).waveform(wave, rate), expected.clamp(-1, 1).numpy())
+
+
+@pytest.mark.parametrize("rate", [1, 999, 192_001, 2**31 - 1])
+def test_sound_at_a_rate_that_none_has_is_refused(rate: int):
+    with pytest.raises(ValueError, match=f"1000 … 192000 Hz, got {rate}"):
+        Audio(8000).waveform(np.zeros(10, np.float32), rate)
 
 
 @pytest.mark.parametrize("rate", [0, 999, 192_001, -8000])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genssm.codec import Audio, Image
+from genssm.codec import Audio, Image, check_rate
 
 BYTES = 2**21  # of a file
 PIXELS = 25_000_000  # of a picture, before it is scaled
@@ -46,6 +46,7 @@ def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:
     _check_size(path)
     try:
         with soundfile.SoundFile(path) as sound:
+            check_rate(sound.samplerate)  # before the length, which is counted by it
             if sound.frames > SECONDS * sound.samplerate or sound.channels > 8:
                 raise ValueError(
                     f"a clip may last {SECONDS:g} seconds on up to 8 channels, this one has "

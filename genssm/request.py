@@ -67,8 +67,8 @@ class Request:
             raise ValueError(f"count must be at least 1, got {self.count}")
         if self.first < 0:
             raise ValueError(f"first must not be negative, got {self.first}")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, got {self.max_tokens}")
+        if self.max_tokens is not None and not 0 <= self.max_tokens < 2**31:
+            raise ValueError(f"max_tokens must lie in 0 … 2^31 - 1, got {self.max_tokens}")
         if any(not s for s in self.stop):
             raise ValueError("a stop string must not be empty")
         if self.seed is not None:

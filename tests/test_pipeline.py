@@ -533,7 +533,7 @@ def test_a_recipe_of_another_checkpoint_is_refused(pipes: dict[str, Pipeline]) -
     ("modality", "settings", "message"),
     [
         ("text", {"count": 0}, "count must be at least 1"),
-        ("text", {"max_tokens": -1}, "max_tokens must not be negative"),
+        ("text", {"max_tokens": -1}, "max_tokens must lie in"),
         ("text", {"stop": [""]}, "must not be empty"),
         ("text", {"keep_rows": 2}, "keep_rows needs a picture"),
         ("text", {"prompt": 3}, "must be a string"),

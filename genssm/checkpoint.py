@@ -87,6 +87,8 @@ def local_folder(name: str) -> Path | None:
     """The shipped checkpoint or the folder of this name, None if there is none here."""
     if name in (shipped := shipped_folders()):
         return shipped[name]
+    if not name:  # or Path would take it for the current folder
+        return None
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -109,8 +111,9 @@ def _download(repository: str) -> Path:
         raise CheckpointError(f"{repository!r} is not a Hugging Face id owner/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"could not fetch {repository!r} from the Hugging Face Hub; check the name and the "
-            "network, or download the repository elsewhere and give its folder"
+            f"could not fetch {repository!r} from the Hugging Face Hub, and no such folder is "
+            "here; check the name and the network, or download the repository elsewhere and give "
+            "its folder"
         ) from error
 
 
@@ -128,8 +131,10 @@ def load(name: str | Path) -> Checkpoint:
         if not holds:
             raise CheckpointError(f"the checkpoint {str(folder)!r} {problem}")
 
+    inner = folder / "checkpoint"  # where a training keeps its best
+    hint = f"; give {str(inner)!r}" if (inner / "config.json").is_file() else ""
     for file in ("config.json", "model.safetensors"):
-        check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint")
+        check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint{hint}")
     try:
         config = json.loads((folder / "config.json").read_text())
     except (ValueError, OSError) as error:

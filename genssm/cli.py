@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -52,6 +52,13 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _told(error: Exception) -> str:
+    """An error as a sentence; one of the operating system as its file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)!r}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def _command(function: Callable[P, None]) -> Callable[P, None]:
     """Turn what can go wrong into one sentence and an exit code."""
 
@@ -67,14 +74,11 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
         except UsageError as error:
             _fail(str(error), USAGE)
         except FileExistsError as error:
-            _fail(str(error), USAGE)
+            _fail(_told(error), USAGE)
         except (ValueError, OSError, MemoryError) as error:
             from genssm.checkpoint import UnknownModelError
 
-            _fail(
-                str(error) or type(error).__name__,
-                USAGE if isinstance(error, UnknownModelError) else FAILED,
-            )
+            _fail(_told(error), USAGE if isinstance(error, UnknownModelError) else FAILED)
 
     return wrapped
 
@@ -157,12 +161,13 @@ def sample(
     ] = "auto",
     weights: Annotated[
         str,
-        typer.Option(help="bf16, fp32 (exact) or int8 (fastest; cpu), but for the eager engine."),
+        typer.Option(help="bf16, fp32 (exact) or int8 (fastest; cpu). The eager engine is exact."),
     ] = "bf16",
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Over 1 stresses the class: any + w (class - any), in logits (sound 2, else 1)."
+            help="Over 1 stresses the class: any + w (class - any), in logits "
+            "(pictures 5, sound 2)."
         ),
     ] = None,
     rank: Annotated[
@@ -204,6 +209,8 @@ def sample(
     from genssm import files
     from genssm.checkpoint import CheckpointError
 
+    if out == "":
+        raise UsageError("--out needs a file, a folder/ or -, got ''")
     if out is not None and (out.endswith(os.sep) or Path(out).is_dir()):
         _sample_to_folder(context, Path(out))
         return
@@ -241,21 +248,18 @@ def sample(
 
 
 def _sample_to_folder(context: typer.Context, out: Path) -> None:
-    from genssm import pipeline, stepper
     from genssm.bulk import sample_to_folder
     from genssm.distributed import processes, rank
     from genssm.request import Request
 
     options = context.params
-    for name in ("like", "state", "save_state", "as_json", "keep_rows"):
+    for name in ("like", "state", "save_state", "as_json", "keep_rows", "label", "force"):
         if options[name]:
             option = "json" if name == "as_json" else name.replace("_", "-")
-            raise UsageError(f"a folder of samples takes no --{option}")
+            rest = "; a class is its --prompt" if name == "label" else ""
+            raise UsageError(f"a folder of samples takes no --{option}{rest}")
     try:
-        stepper.check_choice(options["engine"], options["weights"])
-        pipe = pipeline.load(options["model"] or "wiki", options["engine"], options["weights"])
-        if options["rate"] is not None:
-            pipe = pipe.at_rate(options["rate"])
+        pipe = _loaded(options)
         settings = {f.name: options.get(f.name) for f in fields(Request)}
         settings["seed"] = options["seed"] or 0  # so that the same command goes on
         if options["seconds"] is not None:
@@ -287,15 +291,20 @@ class _Job:
     pause: float | None = None  # after so many seconds; None where nothing does
 
 
+def _loaded(options: dict[str, Any]) -> Pipeline:
+    from genssm import pipeline
+
+    name = "wiki" if options["model"] is None else options["model"]
+    pipe = pipeline.load(name, options["engine"], options["weights"])
+    return pipe if options["rate"] is None else pipe.at_rate(options["rate"])
+
+
 def _requested(context: typer.Context) -> _Job:
-    from genssm import files, pipeline, stepper
+    from genssm import files
     from genssm.request import Request
 
     options = context.params
-    stepper.check_choice(options["engine"], options["weights"])
-    pipe = pipeline.load(options["model"] or "wiki", options["engine"], options["weights"])
-    if options["rate"] is not None:
-        pipe = pipe.at_rate(options["rate"])
+    pipe = _loaded(options)
     settings = {f.name: options.get(f.name) for f in fields(Request)}
     if options["seconds"] is not None:
         settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
@@ -828,12 +837,17 @@ def quality(
 
 
 def _check_new(file: Path | None, force: bool) -> None:
+    if file is not None and file.is_dir():
+        raise UsageError(f"{str(file)!r} is a folder; give the name of a file")
     if file is not None and file.exists() and not force:
         raise UsageError(f"{str(file)!r} exists; give --force to overwrite it")
 
 
 def main() -> None:
     """Entry point of the ``genssm`` command."""
+    for name in ("stdout", "stderr"):  # None where they were closed, as some services do
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end
     warnings.showwarning = lambda message, *_, **__: _note(f"genssm: {message}")
     app()
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
@@ -31,15 +32,7 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
     if prompt is None:
         return None
     if codec.modality == "text":
-        if prompt == "-":
-            return stdin.read()
-        file = Path(prompt) if prompt.endswith(".txt") else None
-        if file is None:
-            return prompt
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the prompt {prompt!r} as UTF-8 text") from error
+        return _read_text(prompt, stdin)
     if prompt in (*codec.labels, "any"):
         return prompt
     file = Path(prompt)
@@ -53,6 +46,19 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
             return codec.fit(read_picture(handle, codec, file.name))
         assert isinstance(codec, Audio)
         return read_sound(handle, codec, file.name)
+
+
+def _read_text(prompt: str, stdin: TextIO) -> str:
+    try:
+        if prompt == "-":
+            return stdin.read()
+        return Path(prompt).read_text(encoding="utf-8") if prompt.endswith(".txt") else prompt
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt {prompt!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt {prompt!r} is not UTF-8 text (byte {error.start}); convert it"
+        ) from error
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -104,10 +110,19 @@ def classification(pipe: Pipeline, raw: Raw) -> dict[str, Any]:
 
 def check_target(path: Path, force: bool) -> None:
     """Refuse a file that cannot be written or would be lost."""
+    folder = str(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {str(path.parent)!r}")
+        raise ValueError(f"there is no folder {folder!r}")
     if path.exists() and not force:
         raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write in the folder {folder!r}: {error.strerror}; give another"
+        ) from error
 
 
 class Output:

@@ -728,4 +728,5 @@ def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> P
 
     Raises CheckpointError, a ValueError, that says what is wrong and what to do.
     """
+    check_choice(engine, weights)
     return Pipeline(str(name), checkpoints.load(name), engine=engine, weights=weights)

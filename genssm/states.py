@@ -58,6 +58,8 @@ def load(path: Path, model: RecurrentModel, *, checkpoint: str, rate: float) -> 
     from safetensors import SafetensorError, safe_open
 
     name = repr(str(path))
+    if not path.is_file():
+        raise StateError(f"there is no state file {name}; --save-state writes one")
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}

@@ -80,6 +80,10 @@ def check_choice(kind: str, weights: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if kind == "cuda":
         cuda.check_choice(weights)
+    if kind == "eager" and weights == "int8":
+        raise ValueError(
+            "the eager engine steps with the model's own weights; for int8 take the engine cpu"
+        )
 
 
 def load_kernels() -> ModuleType:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from genssm.checkpoint import Checkpoint, save
 from genssm.cli import _draw, app
 from genssm.codec import Codec, Image
 from genssm.model import SequenceModel
+from genssm.pipeline import Pipeline
+from genssm.request import GUIDANCE
 
 COMMAND = [sys.executable, "-m", "genssm.cli"]
 
@@ -37,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     """Run the command line in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, stdin: str | None = None) -> Result:
+    def call(*arguments: str, stdin: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
 
     return call
@@ -257,14 +260,26 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
         (["sample", "-m", "IMAGE", "-p", "bird"], 2, "neither a file nor a class"),
         (["sample", "-m", "IMAGE", "-p", "notes.png"], 2, "'notes.png' is not a readable picture"),
         (["sample", "-m", "AUDIO", "-p", "notes.png"], 2, "is not a readable sound file"),
-        (["sample", "-m", "TEXT", "-p", "missing.txt"], 2, "cannot read the prompt"),
+        (["sample", "-m", ""], 2, "there is no model ''"),
+        (["sample", "-m", "TEXT", "-p", "missing.txt"], 2, "'missing.txt': No such file"),
+        (["sample", "-m", "TEXT", "-p", "bytes.txt"], 2, "is not UTF-8 text (byte 1)"),
+        (["sample", "-m", "TEXT", "--engine", "eager", "--weights", "int8"], 2, "take the engine"),
+        (["sample", "-m", "TEXT", "--top-k", "9" * 30], 2, "0 <= top_k < 2^31, got 999"),
         (["sample", "-m", "TEXT", "--seconds", "1"], 2, "--seconds is for sound"),
         (["sample", "-m", "AUDIO", "--seconds", "inf"], 2, "less than a million"),
         (["sample", "-m", "TEXT", "-n", "1000000000"], 2, "count × rank must be at most"),
         (["sample", "-m", "TEXT", "--keep-rows", "1"], 2, "keep_rows needs a picture"),
-        (["sample", "-m", "TEXT", "--top-p", "7"], 2, "0 < top_p <= 1"),
+        (["sample", "-m", "TEXT", "--top-p", "7"], 2, "top_p <= 1, got 7.0"),
         (["sample", "-m", "IMAGE", "-o", "a.txt"], 2, "must end in .png"),
         (["sample", "-m", "IMAGE", "-o", "nowhere/a.png"], 2, "there is no folder 'nowhere'"),
+        (["sample", "-m", "TEXT", "-o", ""], 2, "--out needs a file, a folder/ or -"),
+        (["sample", "-m", "TEXT", "-o", "notes.png/"], 2, "'notes.png': File exists"),
+        (["sample", "-m", "IMAGE", "-o", "a/", "--label", "cat"], 2, "--label; a class is its"),
+        (
+            ["sample", "-m", "IMAGE", "-o", "a/", "--force"],
+            2,
+            "a folder of samples takes no --force",
+        ),
         (["sample", "-m", "AUDIO", "-o", "-", "-n", "2"], 2, "several clips"),
         (["sample", "--count", "0"], 2, "--count"),
         (["sample", "-m", "TEXT", "--guidance", "2"], 2, "guidance needs a model with classes"),
@@ -273,10 +288,12 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
         (["sample", "-m", "AUDIO", "--rate", "0"], 2, "must be a positive number"),
         (["sample", "-m", "TEXT", "--trim", "1"], 2, "trim must lie in"),
         (["sample", "-m", "TEXT", "--state", "notes.png"], 2, "is not a readable state file"),
-        (["sample", "-m", "TEXT", "--state", "missing"], 2, "is not a readable state file"),
+        (["sample", "-m", "TEXT", "--state", "missing"], 2, "there is no state file"),
         (["sample", "-m", "TEXT", "-n", "2", "--save-state", "a"], 2, "keeps one sample"),
         (["sample", "-m", "TEXT", "--save-state", "notes.png"], 2, "--force"),
         (["sample", "-m", "TEXT", "--save-state", "no/a"], 2, "there is no folder 'no'"),
+        (["sample", "-m", "TEXT", "--save-state", ".", "--force"], 2, "'.' is a folder; give the"),
+        (["benchmark", "layers", "--out", ".", "--force"], 2, "'.' is a folder; give the name"),
         (["sample", "--like", "missing.png"], 2, "cannot read 'missing.png'"),
         (["sample", "--like", "notes.png"], 2, "it has no recipe"),
         (["sample", "--like", "a.png", "--temperature", "0"], 2, "leave out --temperature"),
@@ -299,11 +316,55 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
 )
 def test_errors_are_one_sentence(run, folders, tmp_path, arguments, code, message) -> None:
     (tmp_path / "notes.png").write_bytes(b"\xff\xfe not a picture")
+    (tmp_path / "bytes.txt").write_bytes(b"a\xff")
     names = {m.upper(): folder for m, folder in folders.items()}
     result = run(*[names.get(a, a) for a in arguments])
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_standard_input_that_is_no_text_is_refused_by_its_place(run, folders) -> None:
+    for arguments in (["sample", "-p", "-"], ["score", "-"]):
+        result = run(*arguments, "-m", folders["text"], stdin=b"ab\xff")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "the prompt '-' is not UTF-8 text (byte 2); convert it" in result.stderr
+
+
+def test_nothing_is_drawn_for_a_folder_that_takes_no_files(run, folders, monkeypatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Pipeline, "batches", None)
+    for model, option in (("text", "--out"), ("image", "--out"), ("text", "--save-state")):
+        name = "a.png" if model == "image" else "a"
+        result = run("sample", "-m", folders[model], option, name)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "cannot write in the folder '.': Permission denied; give another" in result.stderr
+
+
+def test_a_closed_stdout_is_no_error(folders) -> None:
+    closed = [*COMMAND, "sample", "-m", folders["text"], "--max-tokens", "2", "--engine", "eager"]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *closed], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_help_states_the_defaults_that_depend_on_the_model(run) -> None:
+    stated = " ".join(run("sample", "--help").stdout.split())
+    for modality, name in (("image", "pictures"), ("audio", "sound")):
+        assert f"{name} {GUIDANCE[modality]:g}" in stated
+
+
+def test_the_folder_of_a_training_names_the_checkpoint_inside(run, folders, tmp_path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "checkpoint").symlink_to(folders["text"])
+    result = run("sample", "-m", "runs")
+    assert result.exit_code == 1
+    assert "has no config.json; it is no genssm checkpoint; give 'runs/checkpoint'" in result.stderr
 
 
 @pytest.mark.parametrize(

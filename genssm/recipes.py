@@ -84,6 +84,9 @@ class TrainConfig:
         return min(self.length, self.first_length * 2 ** int(doublings * progress / self.grow))
 
 
+LISTED = ("d_model", "n_layers", "pools", "taps", "token_taps")  # of ModelConfig, one a level, …
+
+
 @dataclass(frozen=True)
 class Recipe:
     """``codec`` are the settings of the modality's codec, ``model`` those of ``ModelConfig``
@@ -95,7 +98,11 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def changed(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with settings of codec, model or training replaced by name."""
+        """A copy with settings of codec, model or training replaced by name.
+
+        One number stands for a tuple of one: ``d_model=128`` of a model with one level. Raises
+        ValueError for what no model or training can have, before any data is read.
+        """
         codec, model, train = dict(self.codec), dict(self.model), {}
         derived = {"vocab_size", "n_outputs", "l_max"}
         model_names = {f.name for f in fields(ModelConfig)} - derived
@@ -104,13 +111,16 @@ class Recipe:
             if name in codec:
                 codec[name] = value
             elif name in model_names:
-                model[name] = value
+                many = name in LISTED and isinstance(value, int)
+                model[name] = (value,) if many else value
             elif name in train_names:
                 train[name] = value
             else:
                 known = sorted({*codec, *model_names, *train_names})
                 raise ValueError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        return replace(self, codec=codec, model=model, train=replace(self.train, **train))
+        changed = replace(self, codec=codec, model=model, train=replace(self.train, **train))
+        ModelConfig(vocab_size=1, n_outputs=1, l_max=changed.train.length, **model)
+        return changed
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -63,6 +63,29 @@ def test_settings_are_changed_by_name_in_their_own_section():
     assert recipe.changed({}) == recipe
 
 
+def test_one_number_stands_for_a_tuple_of_one():
+    changed = RECIPES["wiki"].changed(parse_settings(["d_model=128", "n_layers=2", "token_taps=2"]))
+    assert changed.model["d_model"] == (128,)
+    assert model_config(changed).n_layers == (2,)
+    assert model_config(changed).token_taps == (2,)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("d_model=0", "every d_model >= 1"),
+        ("d_model=wide", r"d_model must be tuple\[int, ...\], got 'wide'"),
+        ("n_layers=2,2", "one entry a level"),
+        ("pools=4", "one entry a level"),
+        ("layer=s5", "layer is one of lssl, s4,"),
+        ("d_state=7", "d_state is even"),
+    ],
+)
+def test_settings_that_no_model_can_have_are_refused_at_once(pair: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        RECIPES["wiki"].changed(parse_settings([pair]))
+
+
 @pytest.mark.parametrize("name", ["d_sate", "n_outputs", "l_max", "rate", "modality"])
 def test_unknown_settings_are_refused_and_the_known_ones_named(name: str):
     with pytest.raises(ValueError, match=f"unknown setting {name!r}; known: .*d_state") as raised:

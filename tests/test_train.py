@@ -626,7 +626,7 @@ def test_missing_data_is_found_before_any_step(missing: str, data: dict[str, Pat
     [
         ({"length": 100_000}, "fewer than a window of 100000"),
         ({"vocab_size": 4096}, "vocab"),
-        ({"d_model": 16}, "d_model"),
+        ({"d_model": (16, 16)}, "d_model"),
     ],
 )
 def test_unusable_settings_are_refused(

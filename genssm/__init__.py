@@ -4,19 +4,34 @@ Trained by convolution, converted once, sampled by recurrence in constant time p
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from genssm.conversion import to_recurrent
+    from genssm.layers import LSSL, S4, S4D
     from genssm.model import ModelConfig, SequenceModel
     from genssm.pipeline import Pipeline, Sample, load
 
 __version__ = "0.1.0"
 
-__all__ = ["ModelConfig", "Pipeline", "Sample", "SequenceModel", "load", "to_recurrent"]
+__all__ = [
+    "LSSL",
+    "S4",
+    "S4D",
+    "ModelConfig",
+    "Pipeline",
+    "Sample",
+    "SequenceModel",
+    "load",
+    "to_recurrent",
+]
 
 # Imported on first use, so that ``genssm --help`` does not wait for torch.
 _HOMES = {
+    "LSSL": "genssm.layers",
+    "S4": "genssm.layers",
+    "S4D": "genssm.layers",
     "ModelConfig": "genssm.model",
     "SequenceModel": "genssm.model",
     "to_recurrent": "genssm.conversion",
@@ -35,3 +50,8 @@ def __getattr__(name: str) -> Any:
         if error.name != f"genssm.{name}":
             raise
         raise AttributeError(f"module 'genssm' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    """What a notebook completes: the names above and the modules, imported or not."""
+    return sorted({*__all__, "__version__", *(module.name for module in iter_modules(__path__))})

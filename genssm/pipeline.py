@@ -66,6 +66,14 @@ class Sample:
             return self.raw
         return f"{self.modality} sample of {len(self.tokens)} tokens, seed {self.seed}"
 
+    def __repr__(self) -> str:
+        """One line for a notebook; hundreds of tokens and their bits are in the fields."""
+        text = f"{self.raw!r}, " if self.modality == "text" else ""
+        return (
+            f"<Sample: {text}{len(self.tokens)} {self.modality} tokens, "
+            f"{self.bits_per_token:.2f} bits/token, seed {self.seed}, index {self.index}>"
+        )
+
 
 class _Ending(Decoder):
     """Text that ends before the first of some strings.
@@ -300,6 +308,10 @@ class Pipeline:
             self.codec = _at_rate(checkpoint.codec, rate)
         self.config: dict[str, Any] = checkpoint.to_config()
         self._rates: dict[float, Pipeline] = {rate: self}
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return f"<Pipeline {self.name!r}: {self.modality}, {parameters:,} parameters>"
 
     @cached_property
     def recurrent(self) -> RecurrentModel:

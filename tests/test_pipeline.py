@@ -103,6 +103,21 @@ def test_streamed_pieces_join_to_the_sample(pipes: dict[str, Pipeline], modality
         np.testing.assert_array_equal(np.concatenate(pieces), sample.raw)
 
 
+def test_a_stream_is_of_one_sample(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(ValueError, match="stream draws one sample, got count=2"):
+        list(pipes["text"].stream("The", count=2, max_tokens=2))
+
+
+def test_a_notebook_shows_a_line(pipes: dict[str, Pipeline]) -> None:
+    for modality, pipe in pipes.items():
+        assert repr(pipe).startswith(f"<Pipeline {pipe.name!r}: {modality}, ")
+        shown = repr(pipe.sample(max_tokens=20, seed=6))
+        assert f"{modality} tokens" in shown
+        assert "seed 6, index 0>" in shown
+        assert len(shown) < 200
+    assert repr(pipes["text"].sample("The", max_tokens=0)[0]).startswith("<Sample: 'The', 0 text")
+
+
 def test_text_continues_its_prompt(pipes: dict[str, Pipeline]) -> None:
     sample = pipes["text"].sample("The quick", max_tokens=10, seed=1)[0]
     assert sample.raw.startswith("The quick")

@@ -137,6 +137,10 @@ def test_public_names_are_found_on_first_use() -> None:
         f"{[True] * len(genssm.__all__)}\n"
     )
     assert run("import genssm; print(genssm.hippo.legs(1)[0].item())") == "-1.0\n"
+    assert run("import genssm; print({*genssm.__all__, 'hippo', 'ssm'} <= {*dir(genssm)})") == (
+        "True\n"
+    )
+    assert run("from genssm import S4, S4D, LSSL; print(S4.__module__)") == "genssm.layers\n"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = genssm.nonsense
 

@@ -27,13 +27,31 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 app = typer.Typer(
-    help="Write, draw and speak with state space models.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import genssm
+
+        sys.stdout.write(f"genssm {genssm.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Write, draw and speak with state space models."""
+
 
 benchmark = typer.Typer(help="Measure speed, memory and exactness.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import genssm
 from genssm.checkpoint import Checkpoint, save
 from genssm.cli import _draw, app
 from genssm.codec import Codec, Image
@@ -53,6 +55,13 @@ def test_help_is_quick() -> None:
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_the_version_is_that_of_the_package(run) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"genssm {project['version']}\n")
+    assert project["version"] == genssm.__version__
 
 
 def test_text_streams_to_stdout_and_the_seed_to_stderr(run, folders) -> None:

@@ -103,11 +103,6 @@ def test_streamed_pieces_join_to_the_sample(pipes: dict[str, Pipeline], modality
         np.testing.assert_array_equal(np.concatenate(pieces), sample.raw)
 
 
-def test_a_stream_is_of_one_sample(pipes: dict[str, Pipeline]) -> None:
-    with pytest.raises(ValueError, match="stream draws one sample, got count=2"):
-        list(pipes["text"].stream("The", count=2, max_tokens=2))
-
-
 def test_a_notebook_shows_a_line(pipes: dict[str, Pipeline]) -> None:
     for modality, pipe in pipes.items():
         assert repr(pipe).startswith(f"<Pipeline {pipe.name!r}: {modality}, ")

@@ -108,7 +108,7 @@ def test_new_seeds_differ_and_are_valid() -> None:
         ({"top_k": -1}, "0 <= top_k < 2^31, got -1"),
         ({"top_k": 2**70}, f"0 <= top_k < 2^31, got {2**70}"),
         ({"top_p": 0}, "1e-9 <= top_p <= 1, got 0"),
-        ({"top_p": 1e-320}, "1e-9 <= top_p <= 1, got 1e-320"),
+        ({"top_p": 1e-300}, "1e-9 <= top_p <= 1, got 1e-300"),
         ({"top_p": 1.5}, "1e-9 <= top_p <= 1, got 1.5"),
         ({"min_p": -0.1}, "0 <= min_p <= 1, got -0.1"),
         ({"min_p": 2, "top_k": -2}, "0 <= top_k < 2^31, got -2; 0 <= min_p <= 1, got 2"),

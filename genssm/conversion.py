@@ -71,6 +71,11 @@ def to_recurrent(
     ``check``, tokens (L,) to compare the views on, a conversion that does not agree is refused:
     ConversionError, a ValueError, says which layer is at fault and why.
     """
+    if not isinstance(model, SequenceModel):
+        raise ValueError(
+            f"to_recurrent converts a SequenceModel, got {type(model).__name__}; a layer has a "
+            "method to_recurrent of its own"
+        )
     recurrent = RecurrentModel(model, rate).eval()
     if check is not None:
         refusal = certify(model, recurrent, check, rate).refusal()

@@ -734,6 +734,11 @@ class RecurrentModel(nn.Module):
     @torch.no_grad()
     def step(self, token: Tensor, state: State, rate: float = 1.0) -> tuple[Tensor, State]:
         """Read one token (B,) → logits (B, V) of the next, and the state after; rate as above."""
+        if token.shape != (len(state.history),):
+            raise ValueError(
+                f"token must be of shape (B,) with B = {len(state.history)} as the state; got "
+                f"{tuple(token.shape)}"
+            )
         x, prediction, history = self._read(token[:, None], state)
         x, layers = self.stack.step(x[:, 0], state.layers, int(state.position), rate)
         if prediction is not None:

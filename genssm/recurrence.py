@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -49,6 +50,12 @@ class Tables(NamedTuple):
     advance: Tensor  # A^T as the subclass applies it
 
 
+def _without_autocast(u: Tensor) -> AbstractContextManager[object]:
+    """States are not rounded by a context around; entered only where there is one."""
+    kind = u.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class Recurrence(nn.Module, ABC):
     """z_k = A z_{k-1} + b u_k, y_k = c z_k + D u_k, S real states and M outputs for each feature.
 
@@ -88,20 +95,23 @@ class Recurrence(nn.Module, ABC):
         return self._rates[rate]
 
     def step(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
-        """One position: u (B, H), state → y (B, H·M), next state."""
+        """One position: u (B, H), state → y (B, H·M), next state; whatever the autocast."""
         self._check("(B, H)", 2, u, x)
-        return self.at(rate)._step(u, x)
+        with _without_autocast(u):
+            return self.at(rate)._step(u.to(self.D.dtype), x)
 
     def prefill(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """Many positions in parallel, from any state: u (B, L, H), x → y (B, L, H·M), last x."""
         self._check("(B, L, H)", 3, u, x)
         own, length = self.at(rate), u.shape[1]
+        u = u.to(self.D.dtype)
         if length == 0:
             return u.new_zeros(*u.shape[:2], len(self.D)), x
-        if length == 1:  # needs no tables
-            y, x = own._step(u[:, 0], x)
-            return y[:, None], x
-        return own._read(u, x)
+        with _without_autocast(u):
+            if length == 1:  # needs no tables
+                y, x = own._step(u[:, 0], x)
+                return y[:, None], x
+            return own._read(u, x)
 
     def _check(self, shape: str, dims: int, u: Tensor, x: Tensor) -> None:
         H = len(self._exact_D)

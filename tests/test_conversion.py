@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genssm.conversion import Certificate, ConversionError, LayerReport, certify, to_recurrent
-from genssm.layers import LAYERS
+from genssm.layers import LAYERS, S4D
 from genssm.model import SequenceModel
 
 MakeModel = Callable[..., SequenceModel]
@@ -33,6 +33,19 @@ def test_every_kind_of_layer_gets_a_certificate(layer: str, make_model: MakeMode
         assert report.condition >= 1
         shortest, median, longest = report.half_lives
         assert 1 <= shortest <= median <= longest <= 50 * 6
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match="got S4D; a layer has a method to_recurrent of its own"):
+        to_recurrent(S4D(4))  # type: ignore[arg-type]
+
+
+def test_a_step_takes_one_token_of_each_sequence(make_model: MakeModel):
+    recurrent = to_recurrent(make_model("isotropic"))
+    state = recurrent.initial_state(2)
+    for wrong in (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"of shape \(B,\) with B = 2"):
+            recurrent.step(wrong, state)
 
 
 def test_certificate_holds_at_a_rate(make_model: MakeModel):

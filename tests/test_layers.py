@@ -264,6 +264,18 @@ def test_long_run_stays_bounded(name: str, dtype: torch.dtype):
     assert float(x_after.abs().max()) < 1e-3 * float(x.abs().max())
 
 
+@torch.no_grad()
+def test_the_recurrence_is_not_rounded_by_autocast(name: str):
+    recurrent = make(name, torch.float32).to_recurrent()
+    u = torch.randn(2, 80, 4).bfloat16()
+    x = recurrent.initial_state(2)
+    expected = recurrent.prefill(u.float(), x)
+    stepped = recurrent.step(u[:, 0].float(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, recurrent.prefill(u, x), expected))
+        assert all(map(torch.equal, recurrent.step(u[:, 0], x), stepped))
+
+
 def test_bfloat16_autocast_gives_finite_float32_and_gradients(name: str):
     layer = make(name, torch.float32)
     u = torch.randn(2, 80, 4, requires_grad=True)

@@ -319,7 +319,8 @@ def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixP
                         assert file is not None
                         yield PurePosixPath(member.name), file.read()
         except (tarfile.TarError, OSError, EOFError, lzma.LZMAError) as error:
-            raise ValueError(f"{str(path)!r} is not a readable tar archive: {error}") from error
+            reason = str(error).partition("\n")[0].rstrip(":")  # without a line for each format
+            raise ValueError(f"{str(path)!r} is not a readable tar archive: {reason}") from error
     if not found:
         raise ValueError(f"{str(path)!r} holds no file ending in {', '.join(suffixes)}")
 

@@ -252,7 +252,7 @@ def test_archive_that_is_not_readable_is_named(name: str, tmp_path: Path):
         archive.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(5000)))
     for content in (b"", b"no archive", whole.getvalue()[:2000]):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}' is not a readable tar archive"):
+        with pytest.raises(ValueError, match=f"{name}' is not a readable tar archive: [^\n]+$"):
             list(read_clips(tmp_path / name, AUDIO))
 
 

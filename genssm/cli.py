@@ -866,6 +866,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):  # None where they were closed, as some services do
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end
+        # So that a terminal of another encoding, or a file's odd name, costs no sample.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: _note(f"genssm: {message}")
     app()
 

@@ -362,6 +362,15 @@ def test_a_closed_stdout_is_no_error(folders) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_what_an_encoding_lacks_is_written_by_its_number(folders) -> None:
+    arguments = ["sample", "-m", folders["text"], "-p", "Ωx", "--max-tokens", "0", "-q"]
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03a9x\n", b"")
+
+
 def test_help_states_the_defaults_that_depend_on_the_model(run) -> None:
     stated = " ".join(run("sample", "--help").stdout.split())
     for modality, name in (("image", "pictures"), ("audio", "sound")):

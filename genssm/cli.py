@@ -855,9 +855,15 @@ def quality(
 
 
 def _check_new(file: Path | None, force: bool) -> None:
-    if file is not None and file.is_dir():
-        raise UsageError(f"{str(file)!r} is a folder; give the name of a file")
-    if file is not None and file.exists() and not force:
+    from genssm.files import check_kind
+
+    if file is None:
+        return
+    try:
+        check_kind(file)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if file.exists() and not force:
         raise UsageError(f"{str(file)!r} exists; give --force to overwrite it")
 
 

@@ -108,11 +108,17 @@ def classification(pipe: Pipeline, raw: Raw) -> dict[str, Any]:
     return {"classes": dict(ordered)}
 
 
+def check_kind(path: Path) -> None:
+    """Refuse what is there and no file: a device would be replaced by one."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise ValueError(f"{str(path)!r} is {kind}; give the name of a file")
+
+
 def check_target(path: Path, force: bool) -> None:
     """Refuse a file that cannot be written or would be lost."""
     folder = str(path.parent)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; give the name of a file")
+    check_kind(path)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder!r}")
     if path.exists() and not force:

@@ -1,8 +1,9 @@
 """The mutable part of a training, all of it on disk after a save.
 
 One process, or several that each hold all of the weights, write ``state.safetensors``. Sharded
-weights go to ``state-<step>/``, a safetensors file a process, by ``torch.distributed.checkpoint``:
-nothing is gathered, nothing is pickled, and another number of processes can read it.
+weights go to ``state-<step>-<save>/``, a safetensors file a process, by
+``torch.distributed.checkpoint``: nothing is gathered, nothing is pickled, and another number of
+processes can read it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Counters:
     best: float = math.inf  # validation
     loss: float | None = None  # bits per token, smoothed
     before: dict[str, Any] | None = None  # training facts of the checkpoint it began with
+    saves: int = 0
 
 
 def exists(out: Path) -> bool:
@@ -90,6 +92,7 @@ class TrainingState:
 
     def save(self, out: Path) -> None:
         """Write everything that a resumed training needs; all processes must take part."""
+        self.counters.saves += 1
         facts = {**asdict(self.counters), "recipe": asdict(self.recipe)}
         tensors, target = self._tensors(), out / _FILE
         if self._is_sharded():
@@ -203,15 +206,27 @@ def _shards(out: Path) -> Path | None:
 def _save_shards(
     tensors: dict[str, Tensor], facts: dict[str, Any], out: Path, world: World
 ) -> Path:
-    """Every process writes its parts; the facts, written last, make the folder count."""
+    """Every process writes its parts; the facts, written last, make the folder count.
+
+    A step may be saved twice, so that the number of the save is in the name, too: the folder before
+    stays until this one is whole.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder = out / f"{_SHARDS}{facts['step']:012}"
-    if world.leads:
+    folder = out / f"{_SHARDS}{facts['step']:012}-{facts['saves']:06}"
+    if world.leads:  # what a save that was killed has left
         shutil.rmtree(folder, ignore_errors=True)
     world.wait()
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # no Exception; every process gets it
+        reasons = {str(reason) for reason, _ in error.failures.values()}
+        raise OSError(
+            f"could not write {str(folder)!r}: {'; '.join(sorted(reasons))}; the save before is "
+            "still whole. Make room and go on from there"
+        ) from error
     world.wait()
     if world.leads:
         text = json.dumps(facts)

@@ -265,11 +265,15 @@ class _Vandermonde(torch.autograd.Function):
 def bilinear_exponent(z: Tensor) -> Tensor:
     """log((1 + z/2) / (1 - z/2)), the exponent of a mode's Ā under the bilinear rule, z = ΔΛ.
 
-    Complex, Re z <= 0; of full relative precision for small z, where the quotient is near 1.
+    Complex, Re z <= 0; of full relative precision for small z, where the quotient is near 1, and
+    finite at z = -2, where it is 0.
     """
     w = z / 2
     far = (1 - w.real) ** 2 + w.imag**2
-    growth = 0.5 * torch.log1p(4 * w.real / far)
+    near = ((1 + w.real) ** 2 + w.imag**2).clamp(min=1e-30)
+    lost = 4 * w.real / far  # |quotient|² - 1, of which little is left to add to 1 near -1
+    slow = lost > -0.5
+    growth = 0.5 * torch.where(slow, lost.clamp(min=-0.5).log1p(), (near / far).log())
     return torch.complex(growth, torch.atan2(2 * w.imag, 1 - w.real**2 - w.imag**2))
 
 

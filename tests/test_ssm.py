@@ -251,6 +251,22 @@ def test_bilinear_exponent_is_precise_where_the_quotient_is_near_one(dtype: torc
     assert bool((error.abs() <= tolerance * size.clamp(max=1.0)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_bilinear_exponent_is_finite_where_the_quotient_is_zero(dtype: torch.dtype):
+    """A mode of ΔΛ = -2 is gone after one step; around it Ā has the precision of ΔΛ."""
+    z = torch.tensor([-2.0, *(-2 + s * 10.0**-e for e in range(1, 8) for s in (1, -1))]).to(dtype)
+    z.requires_grad_()
+    log_a = ssm.bilinear_exponent(z)
+    exact = (1 + z.detach().to(torch.complex128) / 2) / (1 - z.detach().to(torch.complex128) / 2)
+    tolerance = 1e-6 if dtype == torch.complex64 else 1e-14
+    assert bool((log_a.detach().exp() - exact).abs().le(tolerance * exact.abs() + 1e-14).all())
+    kernel = ssm.vandermonde_kernel(torch.ones_like(z)[None, None], log_a[None], 4)
+    kernel.sum().backward()
+    assert bool(kernel.isfinite().all())
+    assert z.grad is not None
+    assert bool(torch.view_as_real(z.grad).isfinite().all())
+
+
 # The continuous view
 
 

@@ -309,9 +309,9 @@ class S4(StateSpace):
     keeps the measure's B.
 
     A ``truncated`` layer stores C̃ = C (I - Ā^l_max), which spares the kernel a matrix power per
-    training step: kernels up to ``l_max`` cost O(N + L) memory per feature, and longer ones first
-    solve for C. Otherwise C itself is stored, for a kernel without end: every length costs
-    O(N³ log L), differentiably. Source: S4, Theorems 1 and 3, Algorithm 1.
+    training step: kernels up to ``l_max`` cost O(N + L) memory per feature, and longer ones, or
+    those at another rate, first solve for C. Otherwise C itself is stored, for a kernel without
+    end: every length costs O(N³ log L). Source: S4, Theorems 1 and 3, Algorithm 1.
     """
 
     dynamics = (*StateSpace.dynamics, "P", "B")
@@ -347,11 +347,17 @@ class S4(StateSpace):
         if not self.truncated:
             C, span = self._cut(self._output(torch.float64), length, rate).to(C.dtype), length
         elif length > span or rate != 1:
-            with torch.no_grad():
-                C = self._cut(self._solve_output(), length, rate).to(C.dtype)
-            span = length
+            C, span = self._cut(self._solve_output(), length, rate).to(C.dtype), length
         P, B = self._low_rank()
         return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)[..., :length]
+
+    @torch.no_grad()
+    def load_output(self, other: "S4") -> None:
+        """Take C from a layer of the same A that stores it for another length, or as it is."""
+        C = other._solve_output()
+        if self.truncated:
+            C = other._cut(C, self.l_max, 1.0)
+        self.C.copy_(torch.view_as_real(C.flatten(0, 1)))
 
     def _kept_length(self, length: int) -> int:
         return self.l_max if length <= self.l_max else super()._kept_length(length)

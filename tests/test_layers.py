@@ -498,6 +498,34 @@ def test_gradients_of_an_endless_kernel_are_those_of_differences():
     assert torch.autograd.gradcheck(kernel, inputs)
 
 
+@pytest.mark.parametrize(("length", "rate"), [(9, 1.0), (5, 2.0)])
+def test_gradients_of_a_truncated_kernel_are_those_of_differences(length: int, rate: float):
+    """Beyond l_max and at another rate, too, where C is solved for."""
+    layer = S4(1, 4, l_max=6).double()
+
+    def kernel(log_dt: Tensor, log_decay: Tensor, C: Tensor) -> Tensor:
+        parameters = {"log_dt": log_dt, "log_decay": log_decay, "C": C}
+        impulse = torch.ones(1, length, 1).double()
+        return torch.func.functional_call(layer, parameters, (impulse, rate))
+
+    inputs = tuple(
+        p.detach().clone().requires_grad_() for p in (layer.log_dt, layer.log_decay, layer.C)
+    )
+    assert torch.autograd.gradcheck(kernel, inputs)
+
+
+@pytest.mark.parametrize("kind", ["s4", "s4-legt"])
+@torch.no_grad()
+def test_an_output_is_brought_to_another_length(kind: str, assert_near: Near):
+    before = build_layer(kind, 4, 8, 20, channels=2, n_ssm=2).double()
+    u = torch.randn(1, 60, 4, dtype=torch.float64)
+    for length, truncated in ((50, True), (7, True), (20, False)):
+        after = build_layer(kind, 4, 8, length, channels=2, n_ssm=2, truncated=truncated).double()
+        after.load_state_dict(before.state_dict())
+        after.load_output(before)
+        assert_near(after(u), before(u), 1e-9)
+
+
 @torch.no_grad()
 def test_shared_copies_share_their_dynamics():
     layer = S4D(6, 4, n_ssm=2)

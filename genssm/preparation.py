@@ -14,6 +14,7 @@ from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
 from genssm.checkpoint import Checkpoint, replace_file
 from genssm.codec import Audio, Codec, Image, Text
 from genssm.data import Example, open_picture_array
+from genssm.layers import S4
 from genssm.model import SequenceModel
 from genssm.recipes import Recipe
 from genssm.sources import Split, open_split
@@ -126,7 +127,8 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
     """Load the weights of ``start`` into a model of its shape.
 
     Labels that it does not know begin as the class they are a part of, or else as "any". Inputs
-    that it does not have begin with nothing: a class that is added at every position, taps.
+    that it does not have begin with nothing: a class that is added at every position, taps. S4
+    stores C for the length that it was trained on, so that C is brought to the model's.
     """
     weights, own = dict(start.model.state_dict()), model.state_dict()
     condition = "inputs.condition.weight"
@@ -145,6 +147,13 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
         raise ValueError("the model to start from has another shape than the recipe's")
     model.load_state_dict(weights)
+    layers = dict(start.model.named_modules())
+    for name, layer in model.named_modules():
+        if isinstance(layer, S4):
+            before = layers[name]
+            assert isinstance(before, S4)
+            if (layer.l_max, layer.truncated) != (before.l_max, before.truncated):
+                layer.load_output(before)
 
 
 def _nearest(label: str, codec: Codec, known: Codec) -> str | None:

@@ -292,6 +292,21 @@ def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Pat
         train(recipe.changed({"d_model": (8,)}), other, tmp_path / "third", start=str(first))
 
 
+@pytest.mark.parametrize("settings", [{"length": 24}, {"layer_settings": {"truncated": False}}])
+def test_s4_starts_from_a_checkpoint_of_another_length(
+    settings: dict[str, Any], data: dict[str, Path], tmp_path: Path
+):
+    """C is stored for one length; with it for another the model would be another one."""
+    recipe = RECIPES["image"].changed({"steps": 1, "flip": False})
+    first = train(recipe, data["image"], tmp_path / "first")
+    still = recipe.changed({"lr": 1e-12, "matrix_lr": 1e-12, **settings})
+    second = train(still, data["image"], tmp_path / "second", start=str(first))
+    before, after = (checkpoints.load(folder) for folder in (first, second))
+    tokens = before.codec.encode(np.full((4, 4, 3), 90, np.uint8))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(after.model(tokens), before.model(tokens), rtol=0, atol=1e-3)
+
+
 def test_best_checkpoint_is_kept_when_later_ones_are_worse(data: dict[str, Path], tmp_path: Path):
     """Rates this high destroy what was learned."""
     reports: list[Progress] = []

@@ -88,7 +88,8 @@ class _Shuffled:
 
 
 class PictureBatches:
-    """Pictures with their class as start token; a tenth of them with "any" instead."""
+    """Pictures with their class as start token, or "any" where it is not known (-1); a tenth of the
+    others have "any", too."""
 
     def __init__(
         self,
@@ -99,11 +100,11 @@ class PictureBatches:
         seed: int,
         flip: bool,
     ) -> None:
+        self.shuffled = _Shuffled(len(pictures), batch_size, seed)
         codec.array(pictures[0])
         self.pictures, self.codec = pictures, codec
         self.labels = labels if codec.labels else None
         self.seed, self.flip = seed, flip
-        self.shuffled = _Shuffled(len(pictures), batch_size, seed)
 
     def batch(self, step: int) -> Batch:
         random = _random(self.seed, step, 1)
@@ -113,7 +114,7 @@ class PictureBatches:
             if self.flip and random.random() < 0.5:
                 picture = picture[:, ::-1]
             label = ANY
-            if random.random() >= 0.1 and self.labels is not None:
+            if random.random() >= 0.1 and self.labels is not None and self.labels[i] >= 0:
                 label = self.codec.labels[self.labels[i]]
             sequences.append(self.codec.encode(picture, label))
         return Batch(torch.stack(sequences))

@@ -84,14 +84,13 @@ def _batches(
     ).batch
 
 
-def _stack_pictures(
-    examples: Iterator[Example], codec: Image
-) -> tuple[np.ndarray, np.ndarray | None]:
-    pictures, labels = [], []
+def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, and the numbers of their labels, -1 where there is none."""
+    pictures, labels = [np.empty((0, *codec.shape), np.uint8)], []
     for example in examples:
-        pictures.append(example.raw)
+        pictures.append(example.raw[None])
         labels.append(-1 if example.label is None else codec.labels.index(example.label))
-    return np.stack(pictures), np.array(labels) if min(labels) >= 0 else None
+    return np.concatenate(pictures), np.array(labels)
 
 
 def _tokenizer(source: Split, out: Path, vocab_size: int, given: Text | None, skip: bool) -> Text:
@@ -114,6 +113,8 @@ def _validation_examples(
     """A validation set small enough to be measured every few minutes, spread over the whole."""
     most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
     examples = list(source.examples(codec, recipe.train.on_corrupt == "skip"))
+    if not any(codec.units(example.raw) for example in examples):
+        raise ValueError("the validation split is empty; put some of the data aside for it")
     chosen = examples[:: max(1, len(examples) // most)][:most]
     if recipe.modality == "text":
         return [Example(example.raw[:60_000]) for example in chosen]

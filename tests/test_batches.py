@@ -127,7 +127,7 @@ def test_half_of_the_pictures_are_mirrored_where_that_is_wanted(pictures: np.nda
     assert {tuple(p.reshape(-1).tolist()) for p in restored} == originals
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [0, 1, 3])
 def test_fewer_pictures_than_a_batch_are_refused(n: int, pictures: np.ndarray):
     with pytest.raises(ValueError, match=f"a batch of 4 needs at least 4 examples, got {n}"):
         PictureBatches(pictures[:n], None, IMAGE, 4, seed=0, flip=False)

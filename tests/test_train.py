@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -32,6 +34,7 @@ from genssm.evaluate import evaluate
 from genssm.layers import LAYERS
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
+from genssm.preparation import prepare
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
 from genssm.training_report import describe
@@ -522,6 +525,38 @@ def test_pictures_are_read_from_class_folders_too(
             write_picture(tmp_path / "folders" / split / label / f"{i:03}.png", picture)
     folder = train(with_steps(RECIPES["image"], 2), tmp_path / "folders", tmp_path / "out")
     assert checkpoints.load(folder).codec.labels == ("dark", "bright")
+
+
+def test_one_picture_without_a_class_leaves_the_others_theirs(
+    data: dict[str, Path], tmp_path: Path, write_picture: Callable[..., Path]
+):
+    folders, recipe = tmp_path / "folders", RECIPES["image"].changed({"batch_size": 3})
+    for split in ("train", "validation"):
+        for name in ("dark/0", "bright/1", "2"):
+            write_picture(folders / split / f"{name}.png", np.full((4, 4, 3), 9, np.uint8))
+    prepared = prepare(recipe, folders, tmp_path / "out", None, None)
+    starts = Counter(int(t) for step in range(30) for t in prepared.batch(step).tokens[:, 0])
+    assert set(starts) == {prepared.codec.start(label) for label in ("dark", "bright", None)}
+    assert starts[prepared.codec.boundary] < 45  # the third, and a tenth of the others
+
+
+@modalities
+def test_an_empty_split_is_found_before_any_step(
+    modality: str, data: dict[str, Path], tmp_path: Path
+):
+    folder = data[modality]
+    if modality == "text":
+        (folder / "validation.txt").write_text("\n")
+    elif modality == "image":
+        np.save(folder / "validation.npy", np.zeros((0, 4, 4, 3), np.uint8))
+        np.save(folder / "validation_labels.npy", np.zeros(0, int))
+    else:
+        for file in (folder / "validation").iterdir():
+            file.write_bytes(b"no sound")
+    recipe = RECIPES[modality].changed({"on_corrupt": "skip"})
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="validation split is empty"):
+        warnings.simplefilter("ignore")
+        train(recipe, folder, tmp_path / "out")
 
 
 # What ends a training from outside

@@ -120,9 +120,9 @@ class TrainedLayer(nn.Module, ABC):
 
     def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         """u (B, L, H) → y (B, L, H·M), by convolution; at least float32 whatever the autocast."""
-        if u.dim() != 3 or u.shape[-1] != self.d_model or u.is_complex() or not u.shape[1]:
+        if u.dim() != 3 or u.shape[-1] != self.d_model or u.is_complex() or not u.numel():
             raise ValueError(
-                f"u must be real, (B, L, {self.d_model}) with L >= 1; "
+                f"u must be real, (B, L, {self.d_model}) with B, L >= 1; "
                 f"got {tuple(u.shape)} {u.dtype}"
             )
         with torch.autocast(u.device.type, enabled=False):

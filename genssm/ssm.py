@@ -66,8 +66,11 @@ def discretize(
             f"A must be (…, N, N) and B (…, N); got {tuple(A.shape)} and {tuple(B.shape)}"
         )
     interval = torch.as_tensor(dt, dtype=A.real.dtype, device=A.device)
-    if not bool((interval > 0).all()):
-        raise ValueError(f"the interval dt must be positive, got {float(interval.min())}")
+    if not bool(((interval > 0) & interval.isfinite()).all()):
+        raise ValueError(
+            "the interval dt must be positive and finite, got "
+            f"{float(interval.min())} … {float(interval.max())}"
+        )
     lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-1], interval.shape)
     N = A.shape[-1]
     A, B, interval = A.expand(*lead, N, N), B.expand(*lead, N), interval.expand(lead)
@@ -101,8 +104,8 @@ def simulate(
             f"C must be (…, M, {B.shape[-1]}) and D (…, M); got {tuple(C.shape)}, {tuple(D.shape)}"
         )
     intervals = torch.diff(times, prepend=times.new_zeros(1))
-    if not bool((intervals > 0).all()):
-        raise ValueError("times must increase, beginning above 0")
+    if not len(times) or not bool((intervals > 0).all()):
+        raise ValueError(f"times must increase, beginning above 0; got {times.tolist()[:8]}")
     distinct, index = intervals.unique(return_inverse=True)
     rules = [discretize(A, B, dt, method) for dt in distinct]
     x, ys = u.new_zeros(*torch.broadcast_shapes(u.shape[:-1], B.shape[:-1]), A.shape[-1]), []
@@ -460,9 +463,9 @@ def fft_convolution(u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
     ``u (B, L, H)``, ``kernel (H, M, L)``, ``D (H, M)`` real, one dtype → ``(B, L, H·M)``.
     """
     fits = u.dim() == 3 and D.dim() == 2 and kernel.shape == (*D.shape, u.shape[1])
-    if u.is_complex() or not fits or u.shape[2] != len(D):
+    if u.is_complex() or not fits or u.shape[2] != len(D) or not u.numel():
         raise ValueError(
-            "u (B, L, H), kernel (H, M, L) and D (H, M) must fit and be real; got "
+            "u (B, L, H), kernel (H, M, L) and D (H, M) must fit, hold a number and be real; got "
             f"{tuple(u.shape)}, {tuple(kernel.shape)}, {tuple(D.shape)}, {u.dtype}"
         )
     return _FFTConvolution.apply(u, kernel, D)

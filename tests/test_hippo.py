@@ -236,6 +236,12 @@ def test_unknown_measures_are_refused():
             function("hermite", 4)
 
 
+@pytest.mark.parametrize(("measure", "dt"), [("legs", None), ("legt", 0.1)])
+def test_memory_refuses_a_complex_signal(measure: str, dt: float | None):
+    with pytest.raises(ValueError, match="must be real, got 1j"):
+        hippo.Memory(measure, 4, dt).push(1j)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("measure", "dt"), [("legs", 0.1), ("legt", None), ("fourier", None)])
 def test_memory_takes_a_dt_where_the_measure_has_one(measure: str, dt: float | None):
     with pytest.raises(ValueError, match="dt"):

@@ -582,9 +582,10 @@ def test_kernels_are_kept_in_evaluation_until_a_parameter_changes(name: str, ass
 @pytest.mark.parametrize(
     ("u", "message"),
     [
-        (torch.zeros(2, 5, 3), r"\(B, L, 4\) with L >= 1; got \(2, 5, 3\)"),
+        (torch.zeros(2, 5, 3), r"\(B, L, 4\) with B, L >= 1; got \(2, 5, 3\)"),
         (torch.zeros(5, 4), r"got \(5, 4\)"),
         (torch.zeros(2, 0, 4), r"got \(2, 0, 4\)"),
+        (torch.zeros(0, 5, 4), r"got \(0, 5, 4\)"),
         (torch.zeros(2, 5, 4) + 0j, "complex64"),
     ],
 )

@@ -88,7 +88,7 @@ def test_discretize_refuses_unknown_methods():
         ssm.discretize(*hippo.legs(2), 0.1, "euler")
 
 
-@pytest.mark.parametrize("dt", [0.0, -0.1, float("nan"), torch.tensor([0.1, -1.0])])
+@pytest.mark.parametrize("dt", [0.0, -0.1, float("nan"), float("inf"), torch.tensor([0.1, -1.0])])
 def test_discretize_refuses_intervals_that_are_not_positive(dt: float | Tensor):
     with pytest.raises(ValueError, match="dt must be positive"):
         ssm.discretize(*hippo.legs(2), dt)
@@ -181,10 +181,12 @@ def test_fft_convolution_is_the_causal_sum(length: int):
         ((2, 9, 4), (3, 1, 9), (3, 1)),
         ((9, 3), (3, 1, 9), (3, 1)),
         ((2, 9, 3), (3, 9), (3,)),
+        ((0, 9, 3), (3, 1, 9), (3, 1)),
+        ((2, 0, 3), (3, 1, 0), (3, 1)),
     ],
 )
 def test_fft_convolution_refuses_shapes_that_do_not_fit(u, kernel, D):
-    with pytest.raises(ValueError, match=r"must fit and be real; got \("):
+    with pytest.raises(ValueError, match=r"must fit, .* be real; got \("):
         ssm.fft_convolution(torch.zeros(u), torch.zeros(kernel), torch.zeros(D))
 
 
@@ -320,6 +322,8 @@ def test_simulation_refuses_times_that_do_not_fit(times: list[float]):
     A, B, C = stable_system(2)
     with pytest.raises(ValueError, match="times"):
         ssm.simulate(A, B, C[None], torch.zeros(1), torch.zeros(2), torch.tensor(times))
+    with pytest.raises(ValueError, match="times must increase"):
+        ssm.simulate(A, B, C[None], torch.zeros(1), torch.zeros(0), torch.zeros(0))
 
 
 def doubles(*shape: int, complex_valued: bool = False) -> Tensor:

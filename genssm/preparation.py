@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from genssm.data import Example, open_picture_array
 from genssm.layers import S4
 from genssm.model import SequenceModel
 from genssm.recipes import Recipe
+from genssm.settings import check_type
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
 
@@ -45,7 +47,11 @@ def build_codec(recipe: Recipe) -> Image | Audio:
     """The codec of a recipe of pictures or sound. Raises ValueError for text, which must learn."""
     if recipe.modality == "text":
         raise ValueError("the codec of text is learned from it; this needs pictures or sound")
-    return (Image if recipe.modality == "image" else Audio)(**recipe.codec)
+    kind = Image if recipe.modality == "image" else Audio
+    types = get_type_hints(kind.__init__)
+    for name, value in recipe.codec.items():
+        check_type(name, value, types[name])
+    return kind(**recipe.codec)
 
 
 def _batches(

@@ -61,6 +61,9 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("decay", "grow"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
@@ -96,6 +99,13 @@ class Recipe:
     codec: dict[str, Any]
     model: dict[str, Any]
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, modality in (("flip", "image"), ("cut_documents", "text")):
+            if getattr(self.train, name) and self.modality != modality:
+                raise ValueError(
+                    f"{name} is for {modality}, the recipe is for {self.modality}; leave it out"
+                )
 
     def changed(self, settings: dict[str, Any]) -> Recipe:
         """A copy with settings of codec, model or training replaced by name.

@@ -7,6 +7,7 @@ import torch
 
 from genssm.codec import Audio, Image
 from genssm.model import ModelConfig, SequenceModel
+from genssm.preparation import build_codec
 from genssm.recipes import RECIPES, Recipe, TrainConfig, parse_settings
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -106,11 +107,38 @@ def test_unknown_settings_are_refused_and_the_known_ones_named(name: str):
         ({"decay": 0}, "decay must be positive"),
         ({"decay": 1.5}, "decay must be at most 1, got 1.5"),
         ({"batch_size": "four"}, "batch_size"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"warmup": -1}, "warmup must not be negative, got -1"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"flip": True}, "flip is for image, the recipe is for text"),
     ],
 )
 def test_impossible_training_settings_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         RECIPES["wiki"].changed(settings)
+
+
+def test_settings_of_another_modality_are_refused():
+    with pytest.raises(ValueError, match="cut_documents is for text, the recipe is for audio"):
+        RECIPES["digits"].changed({"cut_documents": True})
+    assert RECIPES["wiki"].changed({"cut_documents": True}).train.cut_documents
+    assert RECIPES["mnist"].changed({"flip": True}).train.flip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("digits", {"labels": "cat,dog"}),  # no list: its characters would be the classes
+        ("digits", {"rate": "fast"}),
+        ("cifar10", {"height": 32.5}),
+        ("mnist", {"labels": 3}),
+    ],
+)
+def test_settings_of_a_codec_have_their_types(name: str, settings: dict[str, Any]):
+    (setting,) = settings
+    with pytest.raises(ValueError, match=f"{setting} must be .*, got {settings[setting]!r}"):
+        build_codec(RECIPES[name].changed(settings))
+    assert build_codec(RECIPES[name].changed({"labels": ["a", "b"]})).labels == ("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -582,6 +582,8 @@ def evaluate(
     options = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
                "rank_by": rank_by, "trim": trim}  # fmt: skip
     given = {option: value for option, value in options.items() if value is not None}
+    if samples is not None and limit is not None:
+        raise UsageError("--limit is of data that is measured; --samples alone says how many")
     if samples is None and (given or classifier is not None):
         raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
     if classify and samples is not None:
@@ -616,7 +618,7 @@ def _print_measurement(facts: dict[str, object]) -> None:
         f"{facts['value']:.4f} {unit}  ({facts['examples']} examples, {facts['tokens']} tokens, "
         f"{facts['units']} {unit.removeprefix('bits/')}s)\n"
     )
-    if "words" in facts:
+    if facts.get("word_perplexity") is not None:
         sys.stdout.write(
             f"word perplexity {facts['word_perplexity']:.1f}  ({facts['words']} words and ends of "
             "lines)\n"

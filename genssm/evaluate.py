@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -66,12 +67,14 @@ class Evaluation:
 
     @property
     def word_perplexity(self) -> float | None:
-        """2^(bits / words), None for other data than text.
+        """2^(bits / words); None for other data than text, or if no float is as large (text without
+        blanks).
 
         Words are what stands between blanks, and each line's end counts as one, as where WikiText's
         perplexity is counted; the text is what it is, with no word replaced by <unk>.
         """
-        return 2 ** (self.bits / self.words) if self.words else None
+        exponent = self.bits / self.words if self.words else math.inf
+        return 2.0**exponent if exponent < sys.float_info.max_exp else None
 
     def facts(self) -> dict[str, object]:
         """JSON-able, of text with its word perplexity."""

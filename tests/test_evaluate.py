@@ -15,7 +15,7 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Text
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.evaluate import evaluate, token_bits
+from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import Logistics, SequenceModel, Softmax
 
 Near = Callable[[Tensor, Tensor, float], None]
@@ -140,6 +140,14 @@ def test_empty_documents_count_for_nothing(make_model: MakeModel, text_codec: Te
     with_empty = evaluate(model, text_codec, map(Example, ["", "text", ""]))
     assert with_empty.bits == evaluate(model, text_codec, [Example("text")]).bits
     assert with_empty.units == 4
+
+
+def test_text_without_blanks_has_no_word_perplexity():
+    """Its bits are those of one word, and no float holds two to their power."""
+    one = Evaluation(1.0, "bits/byte", 5000.0, 900, 1000, 1, words=1)
+    assert one.word_perplexity is None
+    assert one.facts()["word_perplexity"] is None
+    assert Evaluation(1.0, "bits/byte", 30.0, 9, 30, 1, words=3).word_perplexity == 1024.0
 
 
 @pytest.mark.parametrize("texts", [[], [""]])

@@ -143,7 +143,9 @@ def read_pictures(path: Path, codec: Image, skip: bool = False) -> Iterator[Exam
 def _fitting_picture(data: bytes, codec: Image, name: str) -> np.ndarray:
     picture = read_picture(io.BytesIO(data), codec, name)
     if picture.shape != codec.shape:
-        raise ValueError(f"{name!r} is {picture.shape}, the model takes {codec.shape}")
+        raise ValueError(
+            f"{name!r} is {picture.shape}, the model takes {codec.shape}; scale it first"
+        )
     return picture
 
 
@@ -251,8 +253,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             names = label.get("names")
             for batch in file.iter_batches(256):
                 for row in batch.to_pylist():
-                    if names and isinstance(row.get("label"), int):
-                        row["label"] = names[row["label"]]
+                    if names and isinstance(number := row.get("label"), int):
+                        row["label"] = names[number] if number >= 0 else None
                     yield row
     except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         raise ValueError(f"{str(path)!r} is not a readable parquet file: {error}") from error

@@ -90,8 +90,8 @@ class Split:
             return f"{self.public} {self.name} {self._set}".encode()
         digest = hashlib.sha256()
         for file in sorted(p for p in (self.path, *self.path.rglob("*")) if p.is_file()):
-            facts = file.stat()
-            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+            facts, name = file.stat(), file.relative_to(self.path.parent).as_posix()
+            digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.digest()
 
     @property

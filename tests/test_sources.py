@@ -108,6 +108,13 @@ def test_parquet_files_are_read_as_the_files_inside_them(
     assert_same_examples(alone, raws[:2], expected[:2])
 
 
+def test_a_row_without_a_label_has_none(cells, tmp_path: Path):
+    """As ``datasets`` writes it, -1: not the last of the names."""
+    made, raws = cells("image", 2)
+    table = write_table(tmp_path / "t.parquet", {"image": made, "label": [1, -1]}, ["cat", "dog"])
+    assert_same_examples(list(read_examples(table, IMAGE)), raws, ["dog", None])
+
+
 @pytest.mark.parametrize(
     ("rows", "documents"),
     [
@@ -259,6 +266,16 @@ def test_files_are_identified_by_name_size_and_date(tmp_path: Path):
     before = split.fingerprint()
     assert split.fingerprint() == before
     (tmp_path / "train.txt").write_text("abcd")
+    assert split.fingerprint() != before
+
+
+def test_a_class_folder_of_another_name_is_another_source(tmp_path: Path):
+    """The token cache holds the labels."""
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.wav").write_bytes(b"sound")
+    split = open_split(tmp_path, "train", "audio")
+    before = split.fingerprint()
+    (tmp_path / "train" / "cat").rename(tmp_path / "train" / "dog")
     assert split.fingerprint() != before
 
 

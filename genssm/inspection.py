@@ -27,7 +27,7 @@ def inspect(pipe: Pipeline) -> dict[str, Any]:
     }
     if not len(probe):
         return facts | {"compared_tokens": 0}
-    certificate = certify(pipe.model, pipe.recurrent, probe)
+    certificate = certify(pipe.model, pipe.recurrent, probe, pipe.rate)
     return facts | {
         "compared_tokens": certificate.tokens,
         "largest_difference_step": certificate.step,

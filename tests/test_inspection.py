@@ -25,3 +25,12 @@ def test_inspect_counts_what_is_there(make_checkpoint: Callable[[str], Checkpoin
     assert json.loads(json.dumps(facts))["layers"][0]["name"] == facts["layers"][0]["name"]
     state = Pipeline("x", full).recurrent.initial_state(1)
     assert facts["state_bytes"] == sum(t.nbytes for t in state.tensors())
+
+
+def test_a_model_at_a_rate_is_compared_at_that_rate(
+    make_checkpoint: Callable[[str], Checkpoint],
+) -> None:
+    made = make_checkpoint("audio")
+    probe = tuple(made.codec.encode(torch.linspace(-1, 1, 60).numpy()).tolist())
+    pipe = Pipeline("x", Checkpoint(made.model, made.codec, {}, {}, probe))
+    assert inspect(pipe.at_rate(0.5))["refusal"] is None

@@ -11,9 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# The others wait while rank 0 fetches and tokenises data, for which NCCL's ten minutes may be too
+# few. A process that dies is noticed by torchrun, not by this.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def joined() -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_rank_0_alone_writes_log_and_checkpoint(root: Path):
         assert len(lines) >= 1 + STEPS
         training = checkpoints.load(root / name / "checkpoint").training
         assert training["processes"] in (1, 2)
+
+
+def test_processes_wait_for_rank_0_to_prepare_the_data(monkeypatch: pytest.MonkeyPatch):
+    """By default NCCL gives up after ten minutes."""
+    settings: dict[str, Any] = {}
+    monkeypatch.setenv("RANK", "0")
+    for name, function in {
+        "init_process_group": lambda backend, **given: settings.update(given),
+        "get_rank": lambda: 0,
+        "get_world_size": lambda: 1,
+        "barrier": lambda: None,
+        "destroy_process_group": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    with joined():
+        pass
+    assert settings["timeout"] >= timedelta(hours=2)
 
 
 def test_alone_nothing_is_sent():

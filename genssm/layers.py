@@ -89,8 +89,7 @@ class TrainedLayer(nn.Module, ABC):
             raise ValueError(f"the range of dt needs 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.log_dt = nn.Parameter(torch.rand(d_model) * (high / low).log() + low.log())
         self.D = nn.Parameter(torch.randn(d_model * channels))
-        self._kernel_key: tuple | None = None
-        self._kernel = torch.empty(0)
+        self._kept: tuple[tuple, Tensor] | None = None  # one attribute, for threads
 
     @property
     def rows(self) -> int:
@@ -142,9 +141,10 @@ class TrainedLayer(nn.Module, ABC):
         parameters = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         span = self._kept_length(length)
         key = (span, rate, parameters)
-        if key != self._kernel_key:
-            self._kernel, self._kernel_key = self.kernel(span, rate), key
-        return self._kernel[..., :length]
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            self._kept = kept = key, self.kernel(span, rate)
+        return kept[1][..., :length]
 
     def _kept_length(self, length: int) -> int:
         """The length of the kernel that serves sequences of ``length``."""

@@ -579,6 +579,24 @@ def test_kernels_are_kept_in_evaluation_until_a_parameter_changes(name: str, ass
     assert_near(trained.detach(), changed, 1e-9)
 
 
+@torch.no_grad()
+def test_a_kernel_that_another_thread_replaces_is_not_taken_for_the_own():
+    """The other one comes between the comparison of the keys, of which a rate is a part, and the
+    use of the kernel."""
+    layer = make("s4d")
+    u = torch.randn(1, 30, 4, dtype=torch.float64)
+    expected = layer(u)
+
+    class Interrupting(float):
+        def __eq__(self, other: object) -> bool:
+            layer(u[:, :5], 2.0)
+            return float(self) == other
+
+        __hash__ = float.__hash__
+
+    assert torch.equal(layer(u, Interrupting(1.0)), expected)
+
+
 @pytest.mark.parametrize(
     ("u", "message"),
     [

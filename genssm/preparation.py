@@ -118,8 +118,9 @@ def _validation_examples(
 ) -> list[Example]:
     """A validation set small enough to be measured every few minutes, spread over the whole."""
     most = limit or {"text": 12, "image": 64, "audio": 60}[recipe.modality]
-    examples = list(source.examples(codec, recipe.train.on_corrupt == "skip"))
-    if not any(codec.units(example.raw) for example in examples):
+    found = source.examples(codec, recipe.train.on_corrupt == "skip")
+    examples = [example for example in found if codec.units(example.raw)]
+    if not examples:
         raise ValueError("the validation split is empty; put some of the data aside for it")
     chosen = examples[:: max(1, len(examples) // most)][:most]
     if recipe.modality == "text":

@@ -542,7 +542,7 @@ def test_one_picture_without_a_class_leaves_the_others_theirs(
 
 @modalities
 def test_an_empty_split_is_found_before_any_step(
-    modality: str, data: dict[str, Path], tmp_path: Path
+    modality: str, data: dict[str, Path], tmp_path: Path, write_sound: Callable[..., Path]
 ):
     folder = data[modality]
     if modality == "text":
@@ -553,6 +553,7 @@ def test_an_empty_split_is_found_before_any_step(
     else:
         for file in (folder / "validation").iterdir():
             file.write_bytes(b"no sound")
+        write_sound(folder / "validation" / "low_0.wav", np.zeros(0))
     recipe = RECIPES[modality].changed({"on_corrupt": "skip"})
     with warnings.catch_warnings(), pytest.raises(ValueError, match="validation split is empty"):
         warnings.simplefilter("ignore")

@@ -172,7 +172,9 @@ class Memory:
     def push(self, value: float) -> Tensor:
         """Take the next value of the signal and return the coefficients (N,)."""
         if isinstance(value, complex):
-            raise ValueError(f"the signal must be real, got {value}; push its parts to two memories")
+            raise ValueError(
+                f"the signal must be real, got {value}; push its parts to two memories"
+            )
         self.steps += 1
         if self.dt is not None:
             self.x = self._A_bar @ self.x + self._B_bar * value

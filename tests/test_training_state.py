@@ -40,9 +40,10 @@ def test_the_second_save_of_a_step_replaces_the_first_when_it_is_whole(
         save(*arguments, **settings)
         raise SystemExit
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+    with monkeypatch.context() as patched:
         patched.setattr(state_dict_saver, "save", killed)
-        state.save(tmp_path)
+        with pytest.raises(SystemExit):
+            state.save(tmp_path)
     state.counters.step = 0
     state.restore(tmp_path)
     assert (state.counters.step, state.counters.saves) == (7, 1)

@@ -57,7 +57,7 @@ def train(
     Raises ValueError for unusable data or settings, FileExistsError for a folder with a training
     that is not to be resumed, OSError when the disk is full: the last save is then still whole.
     """
-    begun = _begin(out, resume, start)
+    begun = _begin(recipe, out, resume, start)
     with joined() as world, _interruption() as interrupted:
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
@@ -121,7 +121,9 @@ def _loop(
     return stop or interrupted()
 
 
-def _begin(out: Path, resume: bool, start: str | None) -> checkpoints.Checkpoint | None:
+def _begin(
+    recipe: Recipe, out: Path, resume: bool, start: str | None
+) -> checkpoints.Checkpoint | None:
     """Check that ``out`` fits the intention and load the checkpoint to start from, if any."""
     begun = training_state.exists(out)
     if begun and not resume:
@@ -130,6 +132,8 @@ def _begin(out: Path, resume: bool, start: str | None) -> checkpoints.Checkpoint
         raise ValueError(f"{str(out)!r} holds no training to resume")
     if resume and start is not None:
         raise ValueError("a resumed training goes on from its own weights, not from a checkpoint")
+    if resume:  # before anything in ``out``, such as the tokenizer, is made anew
+        training_state.check(out, recipe)
     return None if start is None else checkpoints.load(start)
 
 

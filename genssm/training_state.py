@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from genssm.distributed import World
 from genssm.model import SequenceModel
 from genssm.optim import average
 from genssm.recipes import Recipe
+
+T = TypeVar("T")
 
 _FILE, _SHARDS = "state.safetensors", "state-"
 Place = Callable[[str, torch.Size], Tensor]  # the name and shape of a stored tensor → its receiver
@@ -48,6 +50,28 @@ class Counters:
 def exists(out: Path) -> bool:
     """Whether ``out`` holds the state of a training."""
     return (out / _FILE).exists() or _shards(out) is not None
+
+
+def check(out: Path, recipe: Recipe) -> None:
+    """Raise ValueError if the state in ``out`` is damaged, or of another recipe."""
+    from safetensors import safe_open
+
+    def facts() -> dict[str, Any]:
+        folder = _shards(out)
+        if folder is not None:
+            return _facts_of_shards(folder)
+        with safe_open(out / _FILE, framework="pt") as file:
+            return _facts_of_file(file)
+
+    begun, wanted = _readable(out, facts)["recipe"], json.loads(json.dumps(asdict(recipe)))
+    for section in ("modality", "codec", "model", "length"):
+        then, now = (r["train"][section] if section == "length" else r[section]
+                     for r in (begun, wanted))  # fmt: skip
+        if then != now:
+            raise ValueError(
+                f"the training in {str(out)!r} has another {section}: {then}; resume it with "
+                "that, or use another folder"
+            )
 
 
 class TrainingState:
@@ -104,9 +128,16 @@ class TrainingState:
         self.world.wait()
 
     def restore(self, out: Path) -> None:
-        """Read what ``save`` wrote. Raises ValueError if it is damaged or of another recipe."""
-        facts, tensors = self._read(out)
-        _check_recipe(facts["recipe"], self.recipe, out)
+        """Read what ``save`` wrote, of a recipe that ``check`` accepts; ValueError if damaged."""
+        folder = _shards(out)
+        facts, tensors = _readable(
+            out,
+            lambda: (
+                _read_file(out / _FILE, self._place)
+                if folder is None
+                else _read_shards(folder, self._place)
+            ),
+        )
         prefix = "model."
         self.model.load_state_dict(
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -137,18 +168,6 @@ class TrainingState:
         tensors |= {f"average.{name}": t for name, t in (self.averages or {}).items()}
         return {name: t.detach() for name, t in tensors.items()}
 
-    def _read(self, out: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        from safetensors import SafetensorError
-
-        folder = _shards(out)
-        try:
-            if folder is not None:
-                return _read_shards(folder, self._place)
-            return _read_file(out / _FILE, self._place)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            place = folder or out / _FILE
-            raise ValueError(f"{str(place)!r} is not a readable training state") from error
-
     def _place(self, name: str, shape: torch.Size) -> Tensor:
         """A tensor to receive a stored one: cut as what it belongs to, wherever that is cut."""
         kind, _, rest = name.partition(".")
@@ -162,16 +181,22 @@ class TrainingState:
         return torch.zeros_like(like) if like.shape == shape else torch.zeros(shape)
 
 
-def _check_recipe(begun: dict[str, Any], recipe: Recipe, out: Path) -> None:
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    for section in ("modality", "codec", "model", "length"):
-        then, now = (r["train"][section] if section == "length" else r[section]
-                     for r in (begun, wanted))  # fmt: skip
-        if then != now:
-            raise ValueError(
-                f"the training in {str(out)!r} has another {section}: {then}; resume it with "
-                "that, or use another folder"
-            )
+def _readable(out: Path, read: Callable[[], T]) -> T:
+    from safetensors import SafetensorError
+
+    try:
+        return read()
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        place = _shards(out) or out / _FILE
+        raise ValueError(f"{str(place)!r} is not a readable training state") from error
+
+
+def _facts_of_file(file: Any) -> dict[str, Any]:
+    return json.loads(file.metadata()["facts"])
+
+
+def _facts_of_shards(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text())
 
 
 def _save_file(tensors: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
@@ -186,7 +211,7 @@ def _read_file(path: Path, place: Place) -> tuple[dict[str, Any], dict[str, Tens
 
     tensors = {}
     with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
+        facts = _facts_of_file(file)
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name)
             like = place(name, tensor.shape)
@@ -238,7 +263,7 @@ def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, 
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = _facts_of_shards(folder)
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {name: place(name, facts.size) for name, facts in stored.items()}

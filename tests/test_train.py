@@ -634,12 +634,12 @@ def test_resumed_training_starts_from_no_other_weights(data: dict[str, Path], tm
 def test_training_is_not_resumed_with_other_settings(
     modality: str, settings: dict[str, Any], section: str, data: dict[str, Path], tmp_path: Path
 ):
-    recipe = with_steps(RECIPES[modality], 1)
-    train(recipe, data[modality], tmp_path / "out")
-    with pytest.raises(ValueError, match=section):
-        train(
-            recipe.changed({"steps": 2, **settings}), data[modality], tmp_path / "out", resume=True
-        )
+    recipe, out = with_steps(RECIPES[modality], 1), tmp_path / "out"
+    train(recipe, data[modality], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match=f"has another {section}"):
+        train(recipe.changed({"steps": 2, **settings}), data[modality], out, resume=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])

@@ -22,6 +22,7 @@ from genssm.settings import check_type
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
 
+_TOKENIZER = "tokenizer.model"
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
 
 
@@ -35,12 +36,28 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, data: Path, out: Path, start: Checkpoint | None, validation_limit: int | None
+    recipe: Recipe, data: Path, out: Path, given: Codec | None, validation_limit: int | None
 ) -> Prepared:
-    """Find the splits of ``data``; learn a tokenizer and fill the token cache in ``out`` once."""
+    """Find the splits of ``data``; learn a tokenizer and fill the token cache in ``out`` once.
+
+    The tokenizer of a codec that is ``given`` is taken instead.
+    """
     train, validation = (open_split(data, s, recipe.modality) for s in ("train", "validation"))
-    codec, batch = _batches(recipe, train, out, start)
+    codec, batch = _batches(recipe, train, out, given)
     return Prepared(codec, batch, _validation_examples(recipe, codec, validation, validation_limit))
+
+
+def kept_tokenizer(recipe: Recipe, out: Path) -> Text | None:
+    """The tokenizer of the training in ``out``, None for other data than text."""
+    if recipe.modality != "text":
+        return None
+    try:
+        return Text((out / _TOKENIZER).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(out / _TOKENIZER)!r} is not a readable tokenizer, and the training knows no "
+            f"other tokens; bring it back, from {str(out / 'checkpoint')!r} if it is there"
+        ) from error
 
 
 def build_codec(recipe: Recipe) -> Image | Audio:
@@ -55,13 +72,13 @@ def build_codec(recipe: Recipe) -> Image | Audio:
 
 
 def _batches(
-    recipe: Recipe, source: Split, out: Path, start: Checkpoint | None
+    recipe: Recipe, source: Split, out: Path, given: Codec | None
 ) -> tuple[Codec, Callable[[int], Batch]]:
     settings = recipe.train
     skip = settings.on_corrupt == "skip"
     if recipe.modality == "text":
-        given = start.codec if start is not None and isinstance(start.codec, Text) else None
-        text = _tokenizer(source, out, recipe.codec["vocab_size"], given, skip)
+        known = given if isinstance(given, Text) else None
+        text = _tokenizer(source, out, recipe.codec["vocab_size"], known, skip)
         stream = open_tokens(
             out / f"tokens-{fingerprint(source.fingerprint(), text.tokenizer)}",
             lambda: map(text.encode, source.documents(skip)),
@@ -100,8 +117,8 @@ def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarr
 
 
 def _tokenizer(source: Split, out: Path, vocab_size: int, given: Text | None, skip: bool) -> Text:
-    """The tokenizer of a checkpoint, of ``out``, or one learned from a part of the text."""
-    file, codec = out / "tokenizer.model", given
+    """The given tokenizer, that of ``out``, or one learned from a part of the text."""
+    file, codec = out / _TOKENIZER, given
     if codec is None and file.exists():
         codec = Text(file.read_bytes())
     if codec is None or (given is None and codec.vocab_size != vocab_size):

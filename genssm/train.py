@@ -20,7 +20,7 @@ from genssm.distributed import World, joined
 from genssm.evaluate import Evaluation, evaluate
 from genssm.model import ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, rate
-from genssm.preparation import load_weights, prepare
+from genssm.preparation import kept_tokenizer, load_weights, prepare
 from genssm.recipes import Recipe
 from genssm.sheets import Sheet, draw_sheet, write_sheet
 from genssm.training_log import Log, Progress, open_log
@@ -173,8 +173,10 @@ class _Training:
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:
             checkpoints.remove_leftovers(out)
+        resumed = training_state.exists(out)
+        given = kept_tokenizer(recipe, out) if resumed else start.codec if start else None
         with world.leader_first():
-            self.data = prepare(recipe, data, out, start, validation_limit)
+            self.data = prepare(recipe, data, out, given, validation_limit)
         torch.manual_seed(settings.seed)
         model = SequenceModel(
             ModelConfig(
@@ -184,7 +186,6 @@ class _Training:
                 **recipe.model,
             )
         )
-        resumed = training_state.exists(out)
         if start is not None and not resumed:
             load_weights(start, model, self.data.codec)
         model.to(world.device)

@@ -294,6 +294,23 @@ def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Pat
         train(recipe.changed({"d_model": (8,)}), other, tmp_path / "third", start=str(first))
 
 
+def test_a_resumed_training_keeps_its_tokenizer(data: dict[str, Path], tmp_path: Path):
+    """That of the checkpoint it began with, of other pieces than the recipe would have learned."""
+    recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"
+    first = train(recipe, data["text"], tmp_path / "first")
+    other = recipe.changed({"vocab_size": 300})
+    train(other, data["text"], out, start=str(first))
+    tokenizer = (out / "tokenizer.model").read_bytes()
+    folder = train(with_steps(other, 3), data["text"], out, resume=True)
+    assert checkpoints.load(folder).training["steps"] == 3
+    assert (out / "tokenizer.model").read_bytes() == tokenizer
+    (out / "tokenizer.model").unlink()
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model' is not .* bring it back, from .*check"
+    ):
+        train(with_steps(other, 4), data["text"], out, resume=True)
+
+
 @pytest.mark.parametrize("settings", [{"length": 24}, {"layer_settings": {"truncated": False}}])
 def test_s4_starts_from_a_checkpoint_of_another_length(
     settings: dict[str, Any], data: dict[str, Path], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,14 @@ def _batches(
         lambda: (codec.encode(e.raw, e.label) for e in source.examples(codec, skip)),
         codec.vocab_size,
     )
-    return codec, ClipBatches(
-        stream, codec, settings.batch_size, settings.length, settings.seed
-    ).batch
+    batches = ClipBatches(stream, codec, settings.batch_size, settings.length, settings.seed)
+    if cut := int((~batches.ended).sum()):
+        warnings.warn(
+            f"{cut} of {len(batches.ended)} clips are longer than length, {settings.length} tokens:"
+            " only their beginnings are trained; set a greater length, or cut the clips",
+            stacklevel=2,
+        )
+    return codec, batches.batch
 
 
 def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarray, np.ndarray]:

@@ -54,6 +54,8 @@ def sample_to_folder(
         raise ValueError("samples in a folder need a seed, so that they can be gone on with")
     if request.rank > 1:
         raise ValueError("rank chooses among samples; in a folder each is kept")
+    if request.first or request.label is not None:
+        raise ValueError("a folder begins with sample 0, and its prompt names the class, if any")
     _agree(pipe, folder, request, prompt)
     drawn = 0
     for number, (label, indices) in enumerate(_blocks(pipe, request.count, prompt)):

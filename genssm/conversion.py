@@ -88,7 +88,12 @@ def to_recurrent(
 def certify(
     model: SequenceModel, recurrent: RecurrentModel, tokens: Tensor, rate: float = 1.0
 ) -> Certificate:
-    """Compare ``recurrent`` with ``model`` on tokens (L,), as a whole and layer by layer."""
+    """Compare ``recurrent`` with ``model`` on tokens (L,), as a whole and layer by layer.
+
+    Raises ValueError without a token to compare on.
+    """
+    if tokens.dim() != 1 or not len(tokens):
+        raise ValueError(f"views are compared on tokens (L,), L >= 1; got {tuple(tokens.shape)}")
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -114,6 +114,9 @@ def test_a_folder_with_other_things_is_refused(pipes: dict[str, Pipeline], tmp_p
         sample_to_folder(pipes["text"], tmp_path / "a", replace(REQUEST, seed=None), None)
     with pytest.raises(ValueError, match="rank chooses among samples"):
         sample_to_folder(pipes["text"], tmp_path / "a", replace(REQUEST, rank=2), None)
+    for other in (replace(REQUEST, first=3), replace(REQUEST, label="cat")):
+        with pytest.raises(ValueError, match="begins with sample 0, and its prompt names"):
+            sample_to_folder(pipes["image"], tmp_path / "a", other, None)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "bulk.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged"):

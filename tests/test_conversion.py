@@ -94,6 +94,12 @@ def test_certifying_leaves_the_model_as_it_was(make_model: MakeModel):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 5)])
+def test_views_are_compared_on_a_row_of_tokens(shape: tuple[int, ...], make_model: MakeModel):
+    with pytest.raises(ValueError, match=r"on tokens \(L,\), L >= 1; got"):
+        to_recurrent(make_model("isotropic"), check=torch.zeros(shape, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("step", "prefill", "report", "reason"),
     [

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -293,13 +293,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left beside their targets in ``folder``."""
-    for left in folder.glob(".*-????????*"):  # as tempfile names them
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, targets: Iterable[str]) -> None:
+    """Remove what writers that were killed left beside ``targets``, names (or patterns) of files
+    and folders in ``folder``; hidden files of others stay."""
+    for target in map(Path, targets):
+        for left in folder.glob(f".{target.stem}-????????{target.suffix}"):  # as tempfile names it
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _flush(file: Path) -> None:

@@ -28,6 +28,8 @@ from genssm.training_state import TrainingState
 from genssm.update import compile_pointwise, spread, train_step
 
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
+_WRITTEN = ("checkpoint", "state.safetensors", "log.csv", "tokenizer.model", "tokens-*.bin",
+            "tokens-*.json")  # fmt: skip
 _LOST = 100  # steps in a row without a finite gradient after which a training is given up
 
 
@@ -172,7 +174,7 @@ class _Training:
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:
-            checkpoints.remove_leftovers(out)
+            checkpoints.remove_leftovers(out, _WRITTEN)
         resumed = training_state.exists(out)
         given = kept_tokenizer(recipe, out) if resumed else start.codec if start else None
         with world.leader_first():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +30,7 @@ from genssm.recipes import Recipe
 
 T = TypeVar("T")
 
-_FILE, _SHARDS = "state.safetensors", "state-"
+_FILE = "state.safetensors"
 Place = Callable[[str, torch.Size], Tensor]  # the name and shape of a stored tensor → its receiver
 
 
@@ -225,7 +226,12 @@ def _read_file(path: Path, place: Place) -> tuple[dict[str, Any], dict[str, Tens
 
 def _shards(out: Path) -> Path | None:
     """The folder of the newest sharded state that was written to its end."""
-    return max((file.parent for file in out.glob(f"{_SHARDS}*/facts.json")), default=None)
+    return max((f for f in _folders(out) if (f / "facts.json").exists()), default=None)
+
+
+def _folders(out: Path) -> list[Path]:
+    """The folders of sharded states in ``out``, whole or not."""
+    return [f for f in out.glob("state-*") if re.fullmatch(r"state-\d{12}-\d{6}", f.name)]
 
 
 def _save_shards(
@@ -240,7 +246,7 @@ def _save_shards(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder = out / f"{_SHARDS}{facts['step']:012}-{facts['saves']:06}"
+    folder = out / f"state-{facts['step']:012}-{facts['saves']:06}"
     if world.leads:  # what a save that was killed has left
         shutil.rmtree(folder, ignore_errors=True)
     world.wait()
@@ -273,7 +279,7 @@ def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, 
 
 def _remove_others(out: Path, keep: Path) -> None:
     """Remove the states that another is newer than."""
-    for old in (*out.glob(f"{_SHARDS}*"), out / _FILE):
+    for old in (*_folders(out), out / _FILE):
         if old == keep:
             continue
         if old.is_dir():

@@ -1,6 +1,7 @@
 """Sharded saves: the one before stays until the next is whole."""
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,11 @@ def test_the_second_save_of_a_step_replaces_the_first_when_it_is_whole(
     state.counters.best = 1.5
     state.save(tmp_path)
     assert [folder.name for folder in tmp_path.iterdir()] == ["state-000000000007-000002"]
+    shutil.copytree(tmp_path / "state-000000000007-000002", tmp_path / "state-backup")
+    state.save(tmp_path)  # a folder of another name is neither removed nor read
+    assert {f.name for f in tmp_path.iterdir()} == {"state-000000000007-000003", "state-backup"}
     state.restore(tmp_path)
-    assert state.counters.best == 1.5
+    assert (state.counters.best, state.counters.saves) == (1.5, 3)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

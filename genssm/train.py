@@ -28,7 +28,8 @@ from genssm.training_state import TrainingState
 from genssm.update import compile_pointwise, spread, train_step
 
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
-_WRITTEN = ("checkpoint", "state.safetensors", "log.csv", "tokenizer.model", "tokens-*.bin",
+_CHECKPOINT = "checkpoint"
+_WRITTEN = (_CHECKPOINT, "state.safetensors", "log.csv", "tokenizer.model", "tokens-*.bin",
             "tokens-*.json")  # fmt: skip
 _LOST = 100  # steps in a row without a finite gradient after which a training is given up
 
@@ -57,7 +58,8 @@ def train(
     ``torchrun`` all its processes train one model.
 
     Raises ValueError for unusable data or settings, FileExistsError for a folder with a training
-    that is not to be resumed, OSError when the disk is full: the last save is then still whole.
+    that is not to be resumed or a checkpoint without one, OSError when the disk is full: the last
+    save is then still whole.
     """
     begun = _begin(recipe, out, resume, start)
     with joined() as world, _interruption() as interrupted:
@@ -130,6 +132,10 @@ def _begin(
     begun = training_state.exists(out)
     if begun and not resume:
         raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
+    if not begun and not resume and (out / _CHECKPOINT).exists():
+        raise FileExistsError(
+            f"{str(out)!r} holds a checkpoint, which the training would replace; use another folder"
+        )
     if resume and not begun:
         raise ValueError(f"{str(out)!r} holds no training to resume")
     if resume and start is not None:
@@ -170,7 +176,7 @@ class _Training:
         world: World,
     ) -> None:
         self.recipe, self.out, self.minutes, self.world = recipe, out, minutes, world
-        self.target = out / "checkpoint"
+        self.target = out / _CHECKPOINT
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:

@@ -630,6 +630,16 @@ def test_folder_with_a_training_is_not_overwritten(data: dict[str, Path], tmp_pa
     assert all(torch.equal(t, before[name]) for name, t in weights_of(out).items())
 
 
+def test_a_checkpoint_without_its_training_is_not_replaced(data: dict[str, Path], tmp_path: Path):
+    recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"
+    train(recipe, data["text"], out)
+    (out / "state.safetensors").unlink()  # as one does to save space
+    before = (out / "checkpoint" / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a checkpoint, which the training would repl"):
+        train(recipe.changed({"seed": 5}), data["text"], out)
+    assert (out / "checkpoint" / "model.safetensors").read_bytes() == before
+
+
 def test_what_is_not_there_is_not_resumed(data: dict[str, Path], tmp_path: Path):
     with pytest.raises(ValueError, match="holds no training to resume"):
         train(RECIPES["text"], data["text"], tmp_path / "out", resume=True)
@@ -681,6 +691,7 @@ def test_tokenizer_of_a_training_that_never_began_is_not_taken_over(
     out = tmp_path / "out"
     train(with_steps(RECIPES["text"], 1), data["text"], out)
     (out / "state.safetensors").unlink()
+    shutil.rmtree(out / "checkpoint")
     recipe = RECIPES["text"].changed({"steps": 1, "vocab_size": 295})
     assert checkpoints.load(train(recipe, data["text"], out)).codec.vocab_size == 295
 

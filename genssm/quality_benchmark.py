@@ -56,6 +56,7 @@ class Transformer(nn.Module):
                 resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             )
         )  # fmt: skip
+        _turn(self.model)
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         """As ``SequenceModel.log_prob``."""
@@ -64,11 +65,27 @@ class Transformer(nn.Module):
 
     def optimizers(self, lr: float, matrix_lr: float, decay: float) -> list[torch.optim.Optimizer]:
         """The same rules as ``build_optimizers`` has for our models."""
-        matrices = [p for p in self.model.transformer.h.parameters() if p.dim() == 2]
+        layers = self.model.transformer.h.modules()
+        matrices = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
         seen = set(matrices)
         others = [p for p in self.model.parameters() if p not in seen]
         adam = AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         return [Muon(matrices, matrix_lr, decay), adam]
+
+
+def _turn(module: nn.Module) -> None:
+    """Put the same ``nn.Linear`` in the place of every linear map that GPT-2 stores transposed.
+
+    Muon takes a matrix to be (out, in) and makes larger steps where it has more rows.
+    """
+    for name, child in module.named_children():
+        if type(child).__name__ != "Conv1D":
+            _turn(child)
+            continue
+        weight, bias = child.get_parameter("weight"), child.get_parameter("bias")
+        linear = nn.Linear(*weight.shape)
+        linear.weight, linear.bias = nn.Parameter(weight.detach().mT.contiguous()), bias
+        setattr(module, name, linear)
 
 
 def _shape(size: int, vocab_size: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from genssm import quality_benchmark
 from genssm.model import ModelConfig
 from genssm.quality_benchmark import Transformer, benchmark_quality
 from genssm.recipes import Recipe, TrainConfig
@@ -20,6 +21,26 @@ def test_gpt2_has_the_size_that_was_asked_for(size: int):
     model = Transformer(CONFIG, size)
     counted = sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n)
     assert 0.9 * size < counted < 1.1 * size
+
+
+def test_muon_sees_the_matrices_of_gpt2_as_those_of_our_models(monkeypatch: pytest.MonkeyPatch):
+    """(out, in), by which it scales its steps; the map stays that of ``transformers``."""
+    torch.manual_seed(3)
+    model = Transformer(CONFIG, 300_000).eval()
+    monkeypatch.setattr(quality_benchmark, "_turn", lambda model: None)
+    torch.manual_seed(3)
+    plain = Transformer(CONFIG, 300_000).eval()
+    tokens = torch.randint(0, 257, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_prob(tokens), plain.log_prob(tokens))
+    muon, adam = model.optimizers(0.01, 0.02, 0.0)
+    block, width = model.model.transformer.h[0], model.model.config.n_embd
+    shapes = {p: tuple(p.shape) for p in muon.param_groups[0]["params"]}
+    assert shapes[block.mlp.c_fc.weight] == (4 * width, width)
+    assert shapes[block.mlp.c_proj.weight] == (width, 4 * width)
+    assert shapes[block.attn.c_attn.weight] == (3 * width, width)
+    owned = [*shapes, *adam.param_groups[0]["params"]]
+    assert len(owned) == len(set(owned)) == len(list(model.parameters()))
 
 
 def test_gpt2_is_normalised_and_reads_no_future():

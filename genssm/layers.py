@@ -124,6 +124,7 @@ class TrainedLayer(nn.Module, ABC):
                 f"u must be real, (B, L, {self.d_model}) with B, L >= 1; "
                 f"got {tuple(u.shape)} {u.dtype}"
             )
+        self._refuse_half()
         with torch.autocast(u.device.type, enabled=False):
             x = u.to(self.D.dtype)
             D = self.D.unflatten(0, (self.d_model, self.channels))
@@ -157,6 +158,7 @@ class TrainedLayer(nn.Module, ABC):
         Its own ``prefill`` and ``step`` take a further rate, relative to this one.
         """
         self._refuse_future()
+        self._refuse_half()
         frozen = copy.deepcopy(self).requires_grad_(False)
         recurrence = frozen._recurrence(rate)
         recurrence.convert = torch.no_grad()(lambda factor: frozen._recurrence(rate * factor))
@@ -165,6 +167,13 @@ class TrainedLayer(nn.Module, ABC):
     def _refuse_future(self) -> None:
         if self.bidirectional:
             raise ValueError("a bidirectional layer reads the future, so it has no recurrence")
+
+    def _refuse_half(self) -> None:
+        if self.D.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the dynamics of a layer need float32 or float64, got {self.D.dtype}; leave the "
+                "model in float32 and run it under torch.autocast"
+            )
 
     def _double_D(self) -> Tensor:
         return self.D.detach().double().unflatten(0, (self.d_model, self.channels))

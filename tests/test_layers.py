@@ -290,6 +290,14 @@ def test_bfloat16_autocast_gives_finite_float32_and_gradients(name: str):
         assert float(leaf.grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_of_half_the_precision_is_refused(name: str, dtype: torch.dtype):
+    layer = make(name, dtype)
+    for use in (lambda: layer(torch.zeros(1, 5, 4, dtype=dtype)), layer.to_recurrent):
+        with pytest.raises(ValueError, match=f"need float32 or float64, got {dtype}; leave the"):
+            use()
+
+
 def test_dynamics_names_the_parameters_that_are_not_output_maps(name: str):
     layer = make(name)
     assert {name for name, _ in layer.named_parameters()} - set(layer.dynamics) == {"C", "D"}

@@ -17,7 +17,7 @@ from genssm.checkpoint import Checkpoint, replace_file
 from genssm.codec import Audio, Codec, Image, Text
 from genssm.data import Example, open_picture_array
 from genssm.layers import S4
-from genssm.model import SequenceModel
+from genssm.model import ModelConfig, SequenceModel
 from genssm.recipes import Recipe
 from genssm.settings import check_type
 from genssm.sources import Split, open_split
@@ -151,6 +151,19 @@ def _validation_examples(
     return chosen
 
 
+def _check_meaning(before: ModelConfig, now: ModelConfig) -> None:
+    """Refuse settings under which weights of the same shapes would be another model."""
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in ("taps", "token_taps")}
+    for name, default in {"decay": "exp", "discretization": "zoh"}.items():
+        pairs[name] = tuple(config.layer_settings.get(name, default) for config in (before, now))
+    for name, (then, wanted) in pairs.items():
+        if then and then != wanted:  # what it did not have is added
+            raise ValueError(
+                f"the model to start from has {name}={then}, the recipe {wanted}; set that of the "
+                "model, or begin without it"
+            )
+
+
 _ADDED_INPUTS = ("inputs.condition.", "inputs.token_taps.", "inputs.taps.")
 
 
@@ -177,6 +190,7 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
             weights[name] = weights[name][ids]
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
         raise ValueError("the model to start from has another shape than the recipe's")
+    _check_meaning(start.model.config, model.config)
     model.load_state_dict(weights)
     layers = dict(start.model.named_modules())
     for name, layer in model.named_modules():

@@ -83,7 +83,7 @@ def _turn(module: nn.Module) -> None:
             _turn(child)
             continue
         weight, bias = child.get_parameter("weight"), child.get_parameter("bias")
-        linear = nn.Linear(*weight.shape)
+        linear = nn.Linear(weight.shape[0], weight.shape[1])
         linear.weight, linear.bias = nn.Parameter(weight.detach().mT.contiguous()), bias
         setattr(module, name, linear)
 

@@ -294,6 +294,24 @@ def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Pat
         train(recipe.changed({"d_model": (8,)}), other, tmp_path / "third", start=str(first))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_settings": {"decay": "softplus"}}, "has decay=exp, the recipe softplus"),
+        ({"layer_settings": {"discretization": "bilinear"}}, "has discretization=zoh"),
+        ({"token_taps": (2, 4)}, r"has token_taps=\(2, 3\), the recipe \(2, 4\)"),
+    ],
+)
+def test_weights_are_not_taken_for_those_of_another_map(
+    settings: dict[str, Any], message: str, data: dict[str, Path], tmp_path: Path
+):
+    """Of the same shapes, and yet another model."""
+    recipe = with_steps(RECIPES["text"].changed({"token_taps": (2, 3)}), 1)
+    first = train(recipe, data["text"], tmp_path / "first")
+    with pytest.raises(ValueError, match=message):
+        train(recipe.changed(settings), data["text"], tmp_path / "other", start=str(first))
+
+
 def test_a_resumed_training_keeps_its_tokenizer(data: dict[str, Path], tmp_path: Path):
     """That of the checkpoint it began with, of other pieces than the recipe would have learned."""
     recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"

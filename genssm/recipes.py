@@ -173,7 +173,7 @@ RECIPES: dict[str, Recipe] = {
             "dt_max": 1.0,
             "token_taps": (2, 3),
         },
-        train=TrainConfig(batch_size=8, length=512),
+        train=TrainConfig(batch_size=2, length=2048),
     ),
     "cifar10": Recipe(
         modality="image",

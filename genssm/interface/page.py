@@ -21,7 +21,7 @@ HEADER = """
 <header class="masthead">
 <h1>gen<span>ssm</span></h1>
 <p>State space models that write, draw and speak: trained by convolution, sampled by recurrence,
-in constant time and memory per token, on two cores.</p>
+in constant time and memory per token.</p>
 <p class="formula" aria-label="x k equals A x k minus 1 plus B u k, y k equals C x k plus D u k">
 <i>x<sub>k</sub></i> = <b>Ā</b><i>x</i><sub><i>k</i>−1</sub> + <b>B̄</b><i>u<sub>k</sub></i>
 &emsp; <i>y<sub>k</sub></i> = <b>C</b><i>x<sub>k</sub></i> + <b>D</b><i>u<sub>k</sub></i></p>

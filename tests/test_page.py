@@ -178,7 +178,7 @@ def test_bits_appear_when_a_token_is_pointed_at(opened: Callable[..., Page]) -> 
     page = opened("Write")
     page.click("#write-go")
     written(page)
-    piece = page.locator("#write-page .drawn").first  # a text may be short
+    piece = page.locator("#write-page .drawn").filter(visible=True).first  # texts may be short
     piece.hover()
     tip = page.locator("#write-page .tip")
     expect(tip).to_contain_text(f"{piece.get_attribute('data-bits')} bits · probability")

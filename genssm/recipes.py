@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from genssm.model import ModelConfig
 from genssm.optim import SCHEDULES
@@ -87,7 +87,8 @@ class TrainConfig:
         return min(self.length, self.first_length * 2 ** int(doublings * progress / self.grow))
 
 
-LISTED = ("d_model", "n_layers", "pools", "taps", "token_taps")  # of ModelConfig, one a level, …
+# Settings of a model that are numbers in a row: one a level, say.
+_LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Recipe:
             if name in codec:
                 codec[name] = value
             elif name in model_names:
-                many = name in LISTED and isinstance(value, int)
+                many = name in _LISTED and isinstance(value, int)
                 model[name] = (value,) if many else value
             elif name in train_names:
                 train[name] = value

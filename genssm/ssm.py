@@ -423,11 +423,11 @@ class _FFTConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
         (B, L, H), M = u.shape, kernel.shape[1]
-        n = _fft_length(L)
         x = _by_feature(u)
+        slices, padded = _FFTConvolution.slices(x)
+        n = padded.shape[-1]
         k_f = torch.fft.rfft(kernel, n=n) + D[..., None]
         y = x.new_empty(H, M, B, L)
-        slices, padded = _FFTConvolution.slices(x)
         for part in slices:
             u_f = _transform(x[part], padded)
             for m in range(M):
@@ -440,11 +440,11 @@ class _FFTConvolution(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, k_f = ctx.saved_tensors
         (H, M, _), L = k_f.shape, dy.shape[1]
-        n = _fft_length(L)
         g = _by_feature(dy).unflatten(0, (H, M))
         du, dkernel = torch.empty_like(x), g.new_empty(H, M, L)
         k_f = k_f.conj().resolve_conj()
         slices, padded = _FFTConvolution.slices(x)
+        n = padded.shape[-1]
         for part in slices:
             u_f = _transform(x[part], padded).conj_physical_()
             du_f = None

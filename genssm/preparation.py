@@ -23,7 +23,7 @@ from genssm.settings import check_type
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
 
-_TOKENIZER = "tokenizer.model"
+TOKENIZER = "tokenizer.model"
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
 
 
@@ -53,10 +53,10 @@ def kept_tokenizer(recipe: Recipe, out: Path) -> Text | None:
     if recipe.modality != "text":
         return None
     try:
-        return Text((out / _TOKENIZER).read_bytes())
+        return Text((out / TOKENIZER).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(out / _TOKENIZER)!r} is not a readable tokenizer, and the training knows no "
+            f"{str(out / TOKENIZER)!r} is not a readable tokenizer, and the training knows no "
             f"other tokens; bring it back, from {str(out / 'checkpoint')!r} if it is there"
         ) from error
 
@@ -124,7 +124,7 @@ def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarr
 
 def _tokenizer(source: Split, out: Path, vocab_size: int, given: Text | None, skip: bool) -> Text:
     """The given tokenizer, that of ``out``, or one learned from a part of the text."""
-    file, codec = out / _TOKENIZER, given
+    file, codec = out / TOKENIZER, given
     if codec is None and file.exists():
         codec = Text(file.read_bytes())
     if codec is None or (given is None and codec.vocab_size != vocab_size):

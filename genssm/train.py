@@ -20,17 +20,16 @@ from genssm.distributed import World, joined
 from genssm.evaluate import Evaluation, evaluate
 from genssm.model import ModelConfig, SequenceModel
 from genssm.optim import build_optimizers, rate
-from genssm.preparation import kept_tokenizer, load_weights, prepare
+from genssm.preparation import TOKENIZER, kept_tokenizer, load_weights, prepare
 from genssm.recipes import Recipe
 from genssm.sheets import Sheet, draw_sheet, write_sheet
-from genssm.training_log import Log, Progress, open_log
-from genssm.training_state import TrainingState
+from genssm.training_log import LOG, Log, Progress, open_log
+from genssm.training_state import STATE, TrainingState
 from genssm.update import compile_pointwise, spread, train_step
 
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
 _CHECKPOINT = "checkpoint"
-_WRITTEN = (_CHECKPOINT, "state.safetensors", "log.csv", "tokenizer.model", "tokens-*.bin",
-            "tokens-*.json")  # fmt: skip
+_WRITTEN = (_CHECKPOINT, STATE, LOG, TOKENIZER, "tokens-*.bin", "tokens-*.json")
 _LOST = 100  # steps in a row without a finite gradient after which a training is given up
 
 

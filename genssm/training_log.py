@@ -15,6 +15,8 @@ from typing import Any
 from genssm.checkpoint import replace_file
 from genssm.sheets import Sheet
 
+LOG = "log.csv"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -67,7 +69,7 @@ def open_log(out: Path, resume: bool, tensorboard: bool) -> Iterator[Log]:
 
     Raises ValueError if TensorBoard is wanted and not installed.
     """
-    path, board = out / "log.csv", None
+    path, board = out / LOG, None
     if tensorboard:
         board = _board(out / "tensorboard")
     names = [field.name for field in fields(Progress)]

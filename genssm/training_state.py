@@ -30,7 +30,7 @@ from genssm.recipes import Recipe
 
 T = TypeVar("T")
 
-_FILE = "state.safetensors"
+STATE = "state.safetensors"
 Place = Callable[[str, torch.Size], Tensor]  # the name and shape of a stored tensor → its receiver
 
 
@@ -50,7 +50,7 @@ class Counters:
 
 def exists(out: Path) -> bool:
     """Whether ``out`` holds the state of a training."""
-    return (out / _FILE).exists() or _shards(out) is not None
+    return (out / STATE).exists() or _shards(out) is not None
 
 
 def check(out: Path, recipe: Recipe) -> None:
@@ -61,7 +61,7 @@ def check(out: Path, recipe: Recipe) -> None:
         folder = _shards(out)
         if folder is not None:
             return _facts_of_shards(folder)
-        with safe_open(out / _FILE, framework="pt") as file:
+        with safe_open(out / STATE, framework="pt") as file:
             return _facts_of_file(file)
 
     begun, wanted = _readable(out, facts)["recipe"], json.loads(json.dumps(asdict(recipe)))
@@ -119,7 +119,7 @@ class TrainingState:
         """Write everything that a resumed training needs; all processes must take part."""
         self.counters.saves += 1
         facts = {**asdict(self.counters), "recipe": asdict(self.recipe)}
-        tensors, target = self._tensors(), out / _FILE
+        tensors, target = self._tensors(), out / STATE
         if self._is_sharded():
             target = _save_shards(tensors, facts, out, self.world)
         elif self.world.leads:
@@ -134,7 +134,7 @@ class TrainingState:
         facts, tensors = _readable(
             out,
             lambda: (
-                _read_file(out / _FILE, self._place)
+                _read_file(out / STATE, self._place)
                 if folder is None
                 else _read_shards(folder, self._place)
             ),
@@ -188,7 +188,7 @@ def _readable(out: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        place = _shards(out) or out / _FILE
+        place = _shards(out) or out / STATE
         raise ValueError(f"{str(place)!r} is not a readable training state") from error
 
 
@@ -279,7 +279,7 @@ def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, 
 
 def _remove_others(out: Path, keep: Path) -> None:
     """Remove the states that another is newer than."""
-    for old in (*_folders(out), out / _FILE):
+    for old in (*_folders(out), out / STATE):
         if old == keep:
             continue
         if old.is_dir():

@@ -25,7 +25,8 @@ from genssm.codec import Codec, Text, codec_from_config
 from genssm.model import ModelConfig, SequenceModel
 
 FORMAT_VERSION = 1
-LATER_SETTINGS = {"token_taps"}  # what older checkpoints do not set, and did without
+# What older checkpoints do not set, and did without.
+LATER_SETTINGS = {"token_taps", "recall", "recall_slots"}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genssm.model import Inputs, Linear, RecurrentModel, State
+from genssm.model import Linear, RecurrentModel, State
 from genssm.sampling import draw, penalize
 from genssm.stepping import Draws, UnsupportedError
 
@@ -74,7 +74,7 @@ class Memory:
     """All that a batch of sequences of one position remembers, on the device."""
 
     position: int  # tokens read
-    tensors: list[Tensor]  # history, logits, states depth first; a row a sequence
+    tensors: list[Tensor]  # history, logits, recall, states depth first; a row a sequence
 
     @property
     def batch(self) -> int:
@@ -104,19 +104,20 @@ class Board:
 
 
 def embed(
-    inputs: Inputs, token: Tensor, history: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``Inputs`` and the history for one token (B,) a row, at a ``position`` (B,) of its own.
+    net: RecurrentModel, token: Tensor, history: Tensor, recall: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What goes into stack and head for one token (B,) a row, at a ``position`` (B,) of its own.
 
-    Returns features (B, H), the linear prediction (B, 1) or None, the history after the token.
+    Returns features (B, H), what the head knows without them, history and recall after the token.
     """
-    kept = int(inputs.config.conditioned)
+    kept = int(net.config.conditioned)
     first, before = history[:, :kept], history[:, kept:]
     first = torch.where(position[:, None] == 0, token[:, None], first)
     window = torch.cat([before, token[:, None]], 1)
-    x, prediction = inputs(window, position, first)
-    history = torch.cat([first, window[:, 1:]], 1)
-    return x[:, 0], None if prediction is None else prediction[:, 0], history
+    x, prediction = net.inputs(window, position, first)
+    recalled, recall = net.recall(window, 1, recall)
+    known = recalled if prediction is None else prediction
+    return x[:, 0], known[:, 0], torch.cat([first, window[:, 1:]], 1), recall
 
 
 def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:
@@ -193,8 +194,8 @@ class CapturedModel:
 
     def save(self, memory: Memory) -> State:
         """The state that a memory holds."""
-        history, _, *states = [tensor.cpu() for tensor in memory.tensors]
-        return State(torch.tensor(memory.position), history, self._layers(states))
+        history, _, recall, *states = [tensor.cpu() for tensor in memory.tensors]
+        return State(torch.tensor(memory.position), history, recall, self._layers(states))
 
     def _layers(self, states: list[Tensor]) -> tuple:
         return cast(tuple, _nested(self._template, iter(states)))
@@ -325,15 +326,15 @@ class CapturedModel:
     def _advance(self, board: Board, phase: int, count: int, filtered: bool) -> None:
         """Draw and read ``count`` tokens in every row, in place; what a graph captures."""
         net, positions = self._net, board.positions
-        history, logits, *states = board.tensors
+        history, logits, recall, *states = board.tensors
         layers = self._layers(states)
         for i in range(count):
             token, board.bits[:, i] = _drawn(board, logits, board.uniforms[:, i], filtered)
             board.tokens[:, i] = token
-            x, prediction, history = embed(net.inputs, token[board.reads], history, positions)
+            x, known, history, recall = embed(net, token[board.reads], history, recall, positions)
             x, layers = net.stack.step(x, layers, phase + i)
-            logits, positions = net.head.logits(net.norm(x), prediction), positions + 1
-        after = State(positions, history, layers).tensors()
+            logits, positions = net.head.logits(net.norm(x), known), positions + 1
+        after = State(positions, history, recall, layers).tensors()
         board.positions.copy_(after[0])
         for place, tensor in zip(board.tensors, [history, logits, *after[2:]], strict=True):
             if tensor is not place:

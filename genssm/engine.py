@@ -458,4 +458,5 @@ def _beside(first: State, second: State) -> State:
         return tuple(map(join, a, b))
 
     history = torch.cat([first.history, second.history])
-    return State(first.position, history, tuple(map(join, first.layers, second.layers)))
+    recall = torch.cat([first.recall, second.recall])
+    return State(first.position, history, recall, tuple(map(join, first.layers, second.layers)))

@@ -33,13 +33,13 @@ def token_bits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tenso
     reader, targets = tokens[:, :-1], tokens[:, 1:]
     if reader.shape[1] > LONGEST:
         return _token_bits_in_pieces(to_recurrent(model, rate), reader, targets)
-    features, prediction = model.features(reader, rate)
+    features, known = model.features(reader, rate)
     bits = []
     step = max(1, _HEAD // len(tokens))
     for i in range(0, reader.shape[1], step):
         part = slice(i, i + step)
-        base = None if prediction is None else prediction[:, part]
-        bits.append(model.head.log_prob(features[:, part], base, targets[:, part]) / -_LN2)
+        log_p = model.head.log_prob(features[:, part], known[:, part], targets[:, part])
+        bits.append(log_p / -_LN2)
     return torch.cat(bits, 1) if bits else features.new_zeros(targets.shape)
 
 

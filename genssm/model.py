@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from genssm.layers import LAYERS, TrainedLayer, build_layer
+from genssm.recall import NOTHING, Recall
 from genssm.recurrence import Recurrence
 from genssm.settings import check_types
 
 M = TypeVar("M", bound=nn.Module)
-
-NOTHING = -1  # the token id of a position before the sequence begins
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class ModelConfig:
     head: str = "softmax"  # a key of HEADS
     taps: tuple[int, ...] = ()  # earlier values read as numbers: k is the value k before the target
     token_taps: tuple[int, ...] = ()  # earlier tokens with their own embeddings, counted likewise
+    recall: tuple[int, ...] = ()  # k: the head knows what followed the last k tokens before
+    recall_slots: int = 4096  # contexts of each order that are remembered
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
     conditioned: bool = False  # the first token, a class label, is also added at every position
 
@@ -69,6 +70,9 @@ class ModelConfig:
             (self.expand >= 1, "expand >= 1"),
             (0 <= self.dropout < 1, "0 <= dropout < 1"),
             (all(k >= 1 for k in (*self.taps, *self.token_taps)), "every tap >= 1"),
+            (all(k >= 1 for k in self.recall), "every order of recall >= 1"),
+            (self.recall_slots >= 16 and self.recall_slots % 16 == 0, "recall_slots is 16, 32, …"),
+            (self.head == "softmax" or not self.recall, "recall is for the softmax head"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
         ]
@@ -260,7 +264,8 @@ class Inputs(nn.Module):
         d_model = config.d_model[0]
         self.config = config
         # Tokens before the current one that are read.
-        self.reach = max((*config.taps, *config.token_taps), default=1) - 1
+        taps = (*config.taps, *config.token_taps, *(k + 1 for k in config.recall))
+        self.reach = max(taps, default=1) - 1
         self.embedding = nn.Embedding(config.vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.token_taps = nn.ParameterList(
@@ -333,7 +338,7 @@ class Inputs(nn.Module):
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """log softmax(W x + b)[target] in slices that stay in the cache.
+    """log softmax(W x + b)[target] in slices that stay in the cache, recalled tokens strengthened.
 
     Keeps softmax minus target in the precision of x, exact relative to it also where the softmax
     is near 1, so that the backward pass is three products.
@@ -342,8 +347,14 @@ class _LinearLogProb(torch.autograd.Function):
     size = 1 << 19  # logits in a slice
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-        """x (T, H), weight (V, H), bias (V,), target (T,) → (T,), at least float32."""
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, recalled: Tensor,
+        strength: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """x (T, H), weight (V, H), bias (V,), target (T,), recalled and strength (T, K) → (T,).
+
+        The result is at least float32.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         residual = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
         log_p = torch.empty(len(x), dtype=dtype, device=x.device)
@@ -351,48 +362,72 @@ class _LinearLogProb(torch.autograd.Function):
         for i in range(0, len(x), rows):
             part = slice(i, i + rows)
             logits = torch.addmm(bias, x[part], weight.mT)
+            logits = _strengthened(logits, recalled[part], strength[part])
             every = torch.log_softmax(logits, -1, dtype)
             chosen = every.gather(-1, target[part, None])
             log_p[part] = chosen[:, 0]
             residual[part] = every.exp_().scatter_(-1, target[part, None], chosen.expm1())
-        ctx.save_for_backward(x, weight, residual)
+        ctx.save_for_backward(x, weight, recalled, residual)
         return log_p
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, residual = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
+        x, weight, recalled, residual = ctx.saved_tensors
         scale = -g[:, None]
         dx = (residual @ weight * scale).to(x.dtype)
         dweight = residual.mT @ (x * scale).to(x.dtype)
-        return dx, dweight, (residual.mT @ scale.to(x.dtype))[:, 0], None
+        dbias = (residual.mT @ scale.to(x.dtype))[:, 0]
+        dstrength = residual.gather(-1, recalled.clamp(min=0)) * scale.to(x.dtype)
+        return dx, dweight, dbias, None, None, dstrength.masked_fill(recalled == NOTHING, 0.0)
+
+
+def _strengthened(logits: Tensor, recalled: Tensor, strength: Tensor) -> Tensor:
+    """Add strength (…, K) to the logits (…, V) of the recalled tokens (…, K), in place."""
+    strength = strength.to(logits.dtype).masked_fill(recalled == NOTHING, 0.0)
+    for k in range(recalled.shape[-1]):  # two orders may recall one token
+        place = recalled[..., k : k + 1].clamp(min=0)
+        logits.scatter_add_(-1, place, strength[..., k : k + 1])
+    return logits
 
 
 class Softmax(nn.Module):
-    """One logit a token."""
+    """One logit a token; those of recalled tokens grow by gates, one an order of ``recall``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear = Linear(config.d_model[0], config.n_outputs)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
+        self.recall = Linear(config.d_model[0], len(config.recall)) if config.recall else None
+        if self.recall is not None:
+            nn.init.zeros_(self.recall.weight)
+            nn.init.zeros_(self.recall.bias)
 
-    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
-        """features (…, H) → (…, V)."""
-        return self.linear(features).float()
+    def logits(self, features: Tensor, known: Tensor) -> Tensor:
+        """features (…, H), recalled tokens (…, K) → (…, V)."""
+        logits = self.linear(features).float()
+        if self.recall is None:
+            return logits
+        return _strengthened(logits, known, self.recall(features))
 
-    def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
+    def log_prob(self, features: Tensor, known: Tensor, target: Tensor) -> Tensor:
         """Log-likelihood of target (…) in nats, (…)."""
         device = features.device.type
         dtype = features.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        strength = features.new_empty(known.shape) if self.recall is None else self.recall(features)
         with torch.autocast(device, enabled=False):
             log_p = _LinearLogProb.apply(
                 features.flatten(0, -2).to(dtype),
                 self.linear.weight.to(dtype),
                 self.linear.bias.to(dtype),
                 target.flatten(),
+                known.flatten(0, -2),
+                strength.flatten(0, -2).to(dtype),
             )
         return log_p.view(target.shape)
 
@@ -418,11 +453,8 @@ class Logistics(nn.Module):
                 -1, 1, self.mixtures
             )
 
-    def _mixture(
-        self, features: Tensor, prediction: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _mixture(self, features: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights, means and inverse scales, each (…, mixtures)."""
-        assert prediction is not None
         weight, offset, log_scale = self.linear(features).float().chunk(3, -1)
         mean = prediction.float() + 0.3 * offset
         inverse = torch.exp(-(log_scale - 2.5).clamp(min=-7.0, max=7.0))
@@ -445,17 +477,17 @@ class Logistics(nn.Module):
         )
         return torch.logsumexp(log_p + log_weight, -1)
 
-    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
-        """features (…, H), prediction (…, 1) → normalised log-probabilities (…, V)."""
+    def logits(self, features: Tensor, known: Tensor) -> Tensor:
+        """features (…, H), a linear prediction (…, 1) → normalised log-probabilities (…, V)."""
         values = torch.arange(self.n_outputs, device=features.device)
-        log_weight, mean, inverse = self._mixture(features, prediction)
+        log_weight, mean, inverse = self._mixture(features, known)
         return self._log_mass(
             log_weight[..., None, :], mean[..., None, :], inverse[..., None, :], values
         )
 
-    def log_prob(self, features: Tensor, prediction: Tensor | None, target: Tensor) -> Tensor:
+    def log_prob(self, features: Tensor, known: Tensor, target: Tensor) -> Tensor:
         """Log-likelihood of target (…) in nats, (…)."""
-        return self._log_mass(*self._mixture(features, prediction), target)
+        return self._log_mass(*self._mixture(features, known), target)
 
 
 HEADS: dict[str, Callable[[ModelConfig], Softmax | Logistics]] = {
@@ -477,16 +509,23 @@ class SequenceModel(nn.Module):
         self.stack = build_stack(config)
         self.norm = nn.LayerNorm(config.d_model[0])
         self.head = HEADS[config.head](config)
+        self.recall = Recall(config.recall, config.recall_slots, config.n_outputs)
 
-    def features(self, tokens: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, L) → what the head reads: features (B, L, H), prediction (B, L, 1) or None."""
+    def features(self, tokens: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """tokens (B, L) → what the head reads: features (B, L, H), and what is known without them.
+
+        That is a linear prediction (B, L, 1), or recalled tokens (B, L, K).
+        """
         _check_tokens(tokens, self.config)
         window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
         first = tokens[:, : int(self.config.conditioned)]
         x, prediction = self.inputs(window, 0, first)
         if tokens.shape[1]:  # a layer needs a position; nothing has no features, only a shape
             x = self.stack(x, rate)
-        return self.norm(x), prediction
+        if prediction is not None:
+            return self.norm(x), prediction
+        tables = self.recall.empty(len(tokens), tokens.device)
+        return self.norm(x), self.recall(window, tokens.shape[1], tables)[0]
 
     def forward(self, tokens: Tensor, rate: float = 1.0) -> Tensor:
         """tokens (B, L) → logits (B, L, V); ``rate`` scales Δ in every layer."""
@@ -494,8 +533,7 @@ class SequenceModel(nn.Module):
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         """Log-likelihood of tokens[:, 1:] given those before, in nats: (B, L) → (B, L - 1)."""
-        features, prediction = self.features(tokens[:, :-1])
-        return self.head.log_prob(features, prediction, tokens[:, 1:])
+        return self.head.log_prob(*self.features(tokens[:, :-1]), tokens[:, 1:])
 
     def parameter_groups(self) -> dict[str, list[Tensor]]:
         """Parameters by how they are trained.
@@ -642,6 +680,7 @@ class State(NamedTuple):
     # (B, reach) int64, the last tokens, for the taps; if conditioned, after one more column that
     # holds the first token
     history: Tensor
+    recall: Tensor  # (B, K, slots, 2) int32: what ``Recall`` keeps
     layers: tuple  # nested as the model is
 
     def tensors(self) -> list[Tensor]:
@@ -660,7 +699,8 @@ class State(NamedTuple):
         def pick(node: Tensor | tuple) -> Tensor | tuple:
             return node[index] if isinstance(node, Tensor) else tuple(map(pick, node))
 
-        return State(self.position, self.history[index], tuple(map(pick, self.layers)))
+        layers = tuple(map(pick, self.layers))
+        return State(self.position, self.history[index], self.recall[index], layers)
 
 
 class RecurrentModel(nn.Module):
@@ -673,33 +713,39 @@ class RecurrentModel(nn.Module):
         self.stack = model.stack.to_recurrent(rate)
         self.norm = _frozen(model.norm)
         self.head = _frozen(model.head)
+        self.recall = model.recall
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token."""
         device = self.norm.weight.device
         width = int(self.config.conditioned) + self.inputs.reach
         history = torch.full((batch, width), NOTHING, device=device)
-        return State(torch.tensor(0), history, self.stack.initial_state(batch))
+        recall = self.recall.empty(batch, device)
+        return State(torch.tensor(0), history, recall, self.stack.initial_state(batch))
 
     def state_bytes(self) -> int:
         """Bytes of the state of one sequence, whatever its length."""
         return sum(t.nbytes for t in self.initial_state(1).tensors())
 
-    def history(self, tokens: Tensor) -> Tensor:
-        """What ``State.history`` holds after tokens (B, L) from the beginning, L >= 1."""
+    def remembered(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """``State.history`` and ``State.recall`` after tokens (B, L) from the beginning, L >= 1."""
         kept, reach = int(self.config.conditioned), self.inputs.reach
         padded = F.pad(tokens, (reach, 0), value=NOTHING)
-        return torch.cat([tokens[:, :kept], padded[:, padded.shape[1] - reach :]], 1)
+        history = torch.cat([tokens[:, :kept], padded[:, padded.shape[1] - reach :]], 1)
+        empty = self.recall.empty(len(tokens), tokens.device)
+        return history, self.recall(padded, tokens.shape[1], empty)[1]
 
-    def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What goes into the stack and the head for tokens (B, L), and the history after them."""
+    def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes into stack and head for tokens (B, L); history and recall after them."""
         position, kept = int(state.position), int(self.config.conditioned)
         first, before = state.history[:, :kept], state.history[:, kept:]
         if position == 0 and tokens.shape[1]:
             first = tokens[:, :kept]
         window = torch.cat([before, tokens], 1)
         x, prediction = self.inputs(window, position, first)
-        return x, prediction, torch.cat([first, window[:, tokens.shape[1] :]], 1)
+        recalled, recall = self.recall(window, tokens.shape[1], state.recall)
+        known = recalled if prediction is None else prediction
+        return x, known, torch.cat([first, window[:, tokens.shape[1] :]], 1), recall
 
     @torch.no_grad()
     def prefill(
@@ -709,27 +755,27 @@ class RecurrentModel(nn.Module):
 
         ``rate`` scales Δ in every layer, from what the model was converted at.
         """
-        features, prediction, state = self._features(tokens, state, rate)
-        return self.head.logits(features, prediction), state
+        features, known, state = self._features(tokens, state, rate)
+        return self.head.logits(features, known), state
 
     @torch.no_grad()
     def read(
         self, tokens: Tensor, state: State | None = None, rate: float = 1.0
     ) -> tuple[Tensor, State]:
         """``prefill`` that predicts only what comes after all tokens, L >= 1: logits (B, V)."""
-        features, prediction, state = self._features(tokens, state, rate)
-        last = None if prediction is None else prediction[:, -1]
-        return self.head.logits(features[:, -1], last), state
+        features, known, state = self._features(tokens, state, rate)
+        return self.head.logits(features[:, -1], known[:, -1]), state
 
     def _features(
         self, tokens: Tensor, state: State | None, rate: float
-    ) -> tuple[Tensor, Tensor | None, State]:
+    ) -> tuple[Tensor, Tensor, State]:
         """What the head reads after each token, and the state after all."""
         _check_tokens(tokens, self.config)
         state = self.initial_state(tokens.shape[0]) if state is None else state
-        x, prediction, history = self._read(tokens, state)
+        x, known, history, recall = self._read(tokens, state)
         x, layers = self.stack.prefill(x, state.layers, int(state.position), rate)
-        return self.norm(x), prediction, State(state.position + tokens.shape[1], history, layers)
+        after = State(state.position + tokens.shape[1], history, recall, layers)
+        return self.norm(x), known, after
 
     @torch.no_grad()
     def step(self, token: Tensor, state: State, rate: float = 1.0) -> tuple[Tensor, State]:
@@ -739,11 +785,9 @@ class RecurrentModel(nn.Module):
                 f"token must be of shape (B,) with B = {len(state.history)} as the state; got "
                 f"{tuple(token.shape)}"
             )
-        x, prediction, history = self._read(token[:, None], state)
+        x, known, history, recall = self._read(token[:, None], state)
         x, layers = self.stack.step(x[:, 0], state.layers, int(state.position), rate)
-        if prediction is not None:
-            prediction = prediction[:, 0]
         return (
-            self.head.logits(self.norm(x), prediction),
-            State(state.position + 1, history, layers),
+            self.head.logits(self.norm(x), known[:, 0]),
+            State(state.position + 1, history, recall, layers),
         )

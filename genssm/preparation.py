@@ -153,7 +153,8 @@ def _validation_examples(
 
 def _check_meaning(before: ModelConfig, now: ModelConfig) -> None:
     """Refuse settings under which weights of the same shapes would be another model."""
-    pairs = {name: (getattr(before, name), getattr(now, name)) for name in ("taps", "token_taps")}
+    names = ("taps", "token_taps", "recall")
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in names}
     for name, default in {"decay": "exp", "discretization": "zoh"}.items():
         pairs[name] = tuple(config.layer_settings.get(name, default) for config in (before, now))
     for name, (then, wanted) in pairs.items():
@@ -164,22 +165,22 @@ def _check_meaning(before: ModelConfig, now: ModelConfig) -> None:
             )
 
 
-_ADDED_INPUTS = ("inputs.condition.", "inputs.token_taps.", "inputs.taps.")
+_ADDED = ("inputs.condition.", "inputs.token_taps.", "inputs.taps.", "head.recall.")
 
 
 def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
     """Load the weights of ``start`` into a model of its shape.
 
     Labels that it does not know begin as the class they are a part of, or else as "any". Inputs
-    that it does not have begin with nothing: a class that is added at every position, taps. S4
-    stores C for the length that it was trained on, so that C is brought to the model's.
+    that it does not have begin with nothing: a class that is added at every position, taps, recall.
+    S4 stores C for the length that it was trained on, so that C is brought to the model's.
     """
     weights, own = dict(start.model.state_dict()), model.state_dict()
     condition = "inputs.condition.weight"
     weights |= {
         name: torch.zeros_like(parameter)
         for name, parameter in own.items()
-        if name.startswith(_ADDED_INPUTS) and name not in weights
+        if name.startswith(_ADDED) and name not in weights
     }
     if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
         ids = [

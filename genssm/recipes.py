@@ -173,6 +173,7 @@ RECIPES: dict[str, Recipe] = {
             "d_state": 32,
             "dt_max": 1.0,
             "token_taps": (2, 3),
+            "recall": (1, 2, 3),
         },
         train=TrainConfig(batch_size=2, length=2048),
     ),

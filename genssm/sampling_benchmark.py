@@ -408,8 +408,8 @@ def measure_recomputed(logits: Callable[[Tensor], Tensor], context: int, repeats
 
 def last_logits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tensor:
     """Tokens (B, L) → logits (B, V) of the next, by convolution; kernels are kept between calls."""
-    features, prediction = model.features(tokens, rate)
-    return model.head.logits(features[:, -1], None if prediction is None else prediction[:, -1])
+    features, known = model.features(tokens, rate)
+    return model.head.logits(features[:, -1], known[:, -1])
 
 
 def measure_baselines(

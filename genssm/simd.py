@@ -20,6 +20,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import models, register_model
 
+from genssm.recall import FACTOR, MASK
+
 LANES = 16  # floats in a vector
 PANEL = 32  # outputs of a linear map that are computed together: two vectors
 
@@ -30,8 +32,9 @@ PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
 
 # Operations, and the columns of the program that hold their arguments.
 EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
-SILU, GATE, ADD, POOL, LOGISTICS = range(8, 13)
-SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS)  # one thread does them, all share the others
+SILU, GATE, ADD, POOL, LOGISTICS, RECALL = range(8, 14)
+# One thread does these, all share the others.
+SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS, RECALL)
 TEAM = 4  # threads that may step one batch together
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
@@ -856,6 +859,43 @@ def add_token(history, column, work, target, width, constants, table):
 
 
 @njit(**_OPTIONS)
+def context_key(history, row, end, order):
+    """The key of the tokens in ``order`` columns of the history before ``end``; see recall.Recall.
+
+    -1 if some of them lie before the sequence.
+    """
+    if history[row, end - order] < 0:
+        return -1
+    key = 0
+    for column in range(end - order, end):
+        key = ((key ^ (history[row, column] + 1)) * FACTOR) & MASK
+        key ^= key >> 15
+    return key
+
+
+@njit(**_OPTIONS)
+def recall(history, order, words, table, slots, size, work, strength, logits, width):
+    """Keep what followed the context before the last token; strengthen what followed this one.
+
+    ``words`` is ``work`` as integers; rows of ``table``: ``slots`` keys, each beside its token.
+    ``strength`` is a column of a panel. Tokens from ``size`` on are never drawn and not kept.
+    """
+    columns = history.shape[1]
+    for row in range(history.shape[0]):
+        first = table + 2 * slots * row
+        key = context_key(history, row, columns - 1, order)
+        if key >= 0:
+            entry, token = first + 2 * (key % slots), history[row, -1]
+            words[entry] = key
+            words[entry + 1] = token if token < size else -1
+        key = context_key(history, row, columns, order)
+        if key >= 0:
+            entry = first + 2 * (key % slots)
+            if words[entry] == key and words[entry + 1] >= 0:
+                work[logits + row * width + words[entry + 1]] += work[strength + row * PANEL]
+
+
+@njit(**_OPTIONS)
 def add_position(positions, t, rows, columns, channels, work, target, width, constants, table):
     """Add the embeddings of row, column and channel of a place in an image."""
     for b in range(len(positions)):
@@ -882,8 +922,8 @@ def enter_pool(work, x, width, group, queue, stride, phase, batch, begin, finish
 
 @njit(**_OPTIONS)
 def serially(
-    code, constants, table, taps, work, x, y, width, size, extra, more, history, tokens, t, reads,
-    positions, scratch,
+    code, constants, table, taps, work, words, x, y, width, size, extra, more, last, history,
+    tokens, t, reads, positions, scratch,
 ):  # fmt: skip
     """One of SERIAL."""
     batch = history.shape[0]
@@ -896,6 +936,8 @@ def serially(
         gather_taps(work, y, width, history, taps, x, constants, table, phase)
     elif code == POSITION:  # size, extra, more: rows, columns, channels
         add_position(positions, t, size, extra, more, work, y, width, constants, table)
+    elif code == RECALL:  # table: order; size: values; extra: region of the table; more: its slots
+        recall(history, table, words, extra * batch, more, size, work, x + last, y, width)
     else:  # LOGISTICS; size: values; extra: the prediction; more: mixtures
         for b in range(batch):
             logistics(work, x + b * PANEL, y + b * width, extra * batch + b * PANEL, size, width,
@@ -904,7 +946,7 @@ def serially(
 
 @njit(**_OPTIONS)
 def advance(  # noqa: PLR0912
-    program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t, reads,
+    program, wide, kind, matrices, constants, taps, work, words, digits, history, tokens, t, reads,
     positions, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``.
@@ -927,8 +969,8 @@ def advance(  # noqa: PLR0912
         begin, finish = share(width, member, members)
         if code in SERIAL:
             if member == 0:
-                serially(code, constants, table, taps, work, x, y, width, size, extra, more,
-                         history, tokens, t, reads, positions, scratch)  # fmt: skip
+                serially(code, constants, table, taps, work, words, x, y, width, size, extra, more,
+                         last, history, tokens, t, reads, positions, scratch)  # fmt: skip
         elif code == LINEAR:  # size: inputs; a phase has ``extra`` bytes and ``more`` constants
             phase = position % last
             room = digits * batch + member * batch * (size + PANEL)
@@ -1118,7 +1160,7 @@ def draw(
 
 @njit(**_OPTIONS)
 def run(
-    program, wide, kind, matrices, constants, taps, work, digits, history, positions, reads,
+    program, wide, kind, matrices, constants, taps, work, words, digits, history, positions, reads,
     logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
     weights, keys, changed, histogram, scratch, member, members, gate,
 ):  # fmt: skip
@@ -1129,9 +1171,10 @@ def run(
     same again. Of the rows: history (B, [1 +] reach + 1), positions and reads (B,), the tokens read
     so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
     period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
-    ``logits`` is a region of ``work`` with rows of ``width``, ``digits`` one for ``quantize``. The
-    other arrays are room for intermediate results. ``members`` threads may run this at once, with
-    equal arguments but for ``member``, from 0, ``scratch``, and ``gate`` for ``meet``.
+    ``words`` is ``work`` as integers, ``logits`` a region of it with rows of ``width``, ``digits``
+    one for ``quantize``. The other arrays are room for intermediate results. ``members`` threads
+    may run this at once, with equal arguments but for ``member``, from 0, ``scratch``, and ``gate``
+    for ``meet``.
     """
     before = flush_denormals()
     batch = history.shape[0]
@@ -1151,7 +1194,7 @@ def run(
                 whole = log_sum(work, own, size, width, weights)
                 bits[s, t] = (whole - work[own + tokens[s, t]]) / np.log(2.0)
         if not advance(
-            program, wide, kind, matrices, constants, taps, work, digits, history, tokens, t,
+            program, wide, kind, matrices, constants, taps, work, words, digits, history, tokens, t,
             reads, positions, scratch, member, members, gate,
         ):  # fmt: skip
             break

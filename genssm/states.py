@@ -97,7 +97,7 @@ def _reading(tensors: dict[str, Tensor], model: RecurrentModel, name: str) -> Re
     check(tokens.dtype == torch.int32 and tokens.dim() == 1 and len(tokens) > 0)
     check(0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size)
     tokens = tokens.long()
-    history = model.history(tokens[None])
+    history, recall = model.remembered(tokens[None])
     layers = iter([tensors.get(key) for key in _layer_names(empty)])
 
     def fill(node: Tensor | tuple) -> Tensor | tuple:
@@ -108,7 +108,7 @@ def _reading(tensors: dict[str, Tensor], model: RecurrentModel, name: str) -> Re
         assert stored is not None
         return stored
 
-    state = State(torch.tensor(len(tokens)), history, tuple(map(fill, empty.layers)))
+    state = State(torch.tensor(len(tokens)), history, recall, tuple(map(fill, empty.layers)))
     logits = tensors.get("logits", torch.empty(0))
     check(logits.shape == (1, config.n_outputs) and logits.dtype == torch.float32)
     reading = Reading(tokens, logits, state)
@@ -119,11 +119,13 @@ def _reading(tensors: dict[str, Tensor], model: RecurrentModel, name: str) -> Re
 
 
 def _layer_names(state: State) -> list[str]:
-    count = len(state.tensors()) - 2  # without the position and the history
-    return [f"state.{i:03d}" for i in range(count)]
+    return [f"state.{i:03d}" for i in range(len(_layer_tensors(state)))]
+
+
+def _layer_tensors(state: State) -> list[Tensor]:
+    return state.tensors()[3:]  # without position, history and recall, which follow from the tokens
 
 
 def _tensors(reading: Reading) -> dict[str, Tensor]:
-    """By name; the position and the history follow from the tokens."""
-    layers = dict(zip(_layer_names(reading.state), reading.state.tensors()[2:], strict=True))
+    layers = dict(zip(_layer_names(reading.state), _layer_tensors(reading.state), strict=True))
     return {"tokens": reading.tokens.int(), "logits": reading.logits, **layers}

@@ -36,6 +36,7 @@ from genssm.model import (
     RecurrentModel,
     RecurrentPool,
     RecurrentStack,
+    Softmax,
     State,
 )
 from genssm.recurrence import RecurrentStateSpace
@@ -152,6 +153,23 @@ class _Space:
         lanes = rows.reshape(memory.batch, -1, n, 2, 16).swapaxes(2, 4)  # (B, chunks, 16, 2, n)
         x = (lanes[..., 0, :] + 1j * lanes[..., 1, :]).reshape(memory.batch, -1, n)
         return torch.from_numpy((x[:, :H] * self.unit).astype(np.complex64))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the table of one order of ``Recall`` lies, in bits of integers."""
+
+    offset: int
+    slots: int
+
+    def load(self, memory: Memory, table: Tensor) -> None:
+        """table (B, slots, 2) int32"""
+        rows = np.ascontiguousarray(table.numpy()).view(np.float32)
+        region(memory, self.offset, 2 * self.slots)[:] = rows.reshape(memory.batch, -1)
+
+    def save(self, memory: Memory) -> Tensor:
+        rows = region(memory, self.offset, 2 * self.slots).copy().view(np.int32)
+        return torch.from_numpy(rows.reshape(memory.batch, self.slots, 2))
 
 
 @dataclass(frozen=True)
@@ -464,15 +482,17 @@ def _pool(
     return _Group(group, queue, (stride, joined // stride), period, slots)
 
 
-def _head(program: _Program, model: RecurrentModel, u: int, prediction: int) -> tuple[int, int]:
-    """Features u to logits; returns their region and its padded width."""
+def _head(
+    program: _Program, model: RecurrentModel, u: int, prediction: int
+) -> tuple[int, int, list[_Table]]:
+    """Features u to logits; returns their region, its padded width and the tables of recall."""
     head, size = model.head, model.config.n_outputs
     width = _padded(size)
     logits = program.keep(width)
     if not isinstance(head, Logistics):
         never = float(program.simd.NEVER)
         program.dense(head.linear, u, logits, bias_padding=never)
-        return logits, width
+        return logits, width, _recall(program, model, head, u, logits)
     if head.mixtures > MAX_MIXTURES:
         raise UnsupportedError(f"at most {MAX_MIXTURES} mixtures fit, got {head.mixtures}")
     parameters = program.reserve(32)
@@ -481,7 +501,29 @@ def _head(program: _Program, model: RecurrentModel, u: int, prediction: int) -> 
         program.simd.LOGISTICS, parameters, logits, width,
         size=size, extra=prediction, more=head.mixtures,
     )  # fmt: skip
-    return logits, width
+    return logits, width, []
+
+
+def _recall(
+    program: _Program, model: RecurrentModel, head: Softmax, u: int, logits: int
+) -> list[_Table]:
+    """Strengthen the logits of the tokens that each order of ``Recall`` finds."""
+    recall, tables = model.recall, []
+    if head.recall is None:
+        return tables
+    if len(recall.orders) > program.simd.PANEL:
+        raise UnsupportedError(
+            f"at most {program.simd.PANEL} orders of recall fit, got {len(recall.orders)}"
+        )
+    strength = program.reserve(program.simd.PANEL)
+    program.dense(head.recall, u, strength)
+    for column, order in enumerate(recall.orders):
+        tables.append(_Table(program.keep(2 * recall.slots), recall.slots))
+        program.emit(
+            program.simd.RECALL, strength, logits, _padded(recall.n_outputs), order,
+            size=recall.n_outputs, extra=tables[-1].offset, more=recall.slots, last=column,
+        )  # fmt: skip
+    return tables
 
 
 def _aligned(arrays: list[Array], dtype: Any) -> Array:
@@ -540,7 +582,7 @@ class CompiledModel:
         prediction = _embed(program, self.model, x)
         self._slots = _stack(program, self.model.stack, x, room, 1)
         program.norm(self.model.norm, x, room[0])
-        self._logits, self._width = _head(program, self.model, room[0], prediction)
+        self._logits, self._width, self._tables = _head(program, self.model, room[0], prediction)
         self._digits = program.reserve(simd.TEAM * (program.widest + simd.PANEL))
         self._size, self._kept = program.size, program.kept
         self._lines = np.array(program.lines, np.int64)
@@ -567,6 +609,8 @@ class CompiledModel:
         memory = Memory(positions, history, work, Room(self._width, self._simd.TEAM))
         for slot, part in zip(self._slots, state.layers, strict=True):
             slot.load(memory, part)
+        for table, part in zip(self._tables, state.recall.unbind(1), strict=True):
+            table.load(memory, part)
         if logits is not None:
             rows = region(memory, self._logits, self._width)
             rows[:] = self._simd.NEVER
@@ -576,9 +620,12 @@ class CompiledModel:
     def save(self, memory: Memory) -> State:
         """The state that a memory of rows of one position holds."""
         assert (memory.positions == memory.position).all()
+        empty = self.model.recall.empty(memory.batch, torch.device("cpu"))
+        tables = [table.save(memory) for table in self._tables]
         return State(
             torch.tensor(memory.position),
             torch.from_numpy(np.delete(memory.history, self._kept_columns, axis=1)),
+            torch.stack(tables, 1) if tables else empty,
             tuple(slot.save(memory) for slot in self._slots),
         )
 
@@ -717,10 +764,10 @@ class CompiledModel:
         gate = zeros(16, np.int64)
         arguments = (
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
-            memory.work, self._digits, memory.history, memory.positions, np.concatenate(reads),
-            self._logits, self.config.n_outputs, self._width, tokens, bits, given, scored, uniforms,
-            settings, np.concatenate(streams), seen, room.weights, room.weights.view(np.int32),
-            room.changed, room.histogram,
+            memory.work, memory.work.view(np.int32), self._digits, memory.history,
+            memory.positions, np.concatenate(reads), self._logits, self.config.n_outputs,
+            self._width, tokens, bits, given, scored, uniforms, settings, np.concatenate(streams),
+            seen, room.weights, room.weights.view(np.int32), room.changed, room.histogram,
         )  # fmt: skip
 
         def run(member: int) -> None:

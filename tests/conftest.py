@@ -27,8 +27,8 @@ DOCUMENTS = (
     "مرحبا بالعالم 😀 😂\n\tdef f(x):\r\n\t\treturn x\n" * 4,
 )
 
-# Small models that between them use every part: taps of tokens without a pool, pools, the logistic
-# head with taps and image positions.
+# Small models that between them use every part: taps of tokens, recall, pools, the
+# logistic head with taps and image positions.
 MODELS: dict[str, dict[str, Any]] = {
     "isotropic": {
         "vocab_size": 23,
@@ -36,6 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "d_model": (12,),
         "n_layers": (2,),
         "token_taps": (2, 4),
+        "recall": (1, 3),
+        "recall_slots": 16,
     },
     "pooled": {
         "vocab_size": 23,

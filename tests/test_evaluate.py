@@ -117,7 +117,8 @@ def test_uniform_model_needs_log2_of_the_outputs(
     modality: str, codecs: dict[str, Codec], make_model: MakeModel, examples: dict[str, list[Any]]
 ):
     codec = codecs[modality]
-    model = make_model("isotropic", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs)
+    sizes = {"vocab_size": codec.vocab_size, "n_outputs": codec.n_outputs}
+    model = make_model("isotropic", **sizes, recall=())
     assert isinstance(model.head, Softmax)
     with torch.no_grad():
         model.head.linear.weight.zero_()

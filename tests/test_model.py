@@ -39,8 +39,8 @@ any_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float3
 class Readout(nn.Module):
     """A head that shows what heads read, in the precision of the model: logits are float32."""
 
-    def logits(self, features: Tensor, prediction: Tensor | None) -> Tensor:
-        return features if prediction is None else torch.cat([features, prediction], -1)
+    def logits(self, features: Tensor, known: Tensor) -> Tensor:
+        return torch.cat([features, known], -1)
 
 
 def in_precision(model: SequenceModel, dtype: torch.dtype) -> SequenceModel:
@@ -484,7 +484,10 @@ def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_mode
         ({"dropout": 1.0}, "dropout < 1"),
         ({"taps": (1, 0)}, "every tap >= 1"),
         ({"token_taps": (0,)}, "every tap >= 1"),
+        ({"recall": (0,)}, "every order of recall >= 1"),
+        ({"recall": (1,), "recall_slots": 24}, "recall_slots is 16, 32"),
         ({"head": "logistics"}, "the logistics head needs taps"),
+        ({"head": "logistics", "recall": (1,)}, "recall is for the softmax head"),
         ({"image_shape": (4, 4)}, "image_shape"),
         ({"image_shape": (4, 4, 0)}, "image_shape"),
     ],
@@ -522,11 +525,20 @@ def test_log_probabilities_have_the_right_gradients(size: int, monkeypatch: pyte
         for shape in ((5, 3), (7, 3), (7,))
     )
     target = torch.randint(0, 7, (5,))
-    actual = _LinearLogProb.apply(x, weight, bias, target)
-    expected = torch.log_softmax(x @ weight.mT + bias, -1)[torch.arange(5), target]
-    torch.testing.assert_close(actual, expected)
+    recalled = torch.tensor([[NOTHING, 3], [2, 2], [NOTHING, NOTHING], [int(target[3]), 0], [1, 6]])
+    strength = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    actual = _LinearLogProb.apply(x, weight, bias, target, recalled, strength)
+    logits = x @ weight.mT + bias
+    for row, k in (recalled != NOTHING).nonzero().tolist():
+        logits = logits + strength[row, k] * F.one_hot(recalled[row, k], 7) * F.one_hot(
+            torch.tensor(row), 5
+        ).unsqueeze(-1)
+    torch.testing.assert_close(actual, torch.log_softmax(logits, -1)[torch.arange(5), target])
     assert torch.autograd.gradcheck(
-        lambda *inputs: _LinearLogProb.apply(*inputs, target), (x, weight, bias)
+        lambda x, weight, bias, strength: _LinearLogProb.apply(
+            x, weight, bias, target, recalled, strength
+        ),
+        (x, weight, bias, strength),
     )
 
 
@@ -542,7 +554,9 @@ def test_a_conditioned_model_reads_its_label_at_every_position(make_model: MakeM
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("added", [{"conditioned": True}, {"token_taps": (2, 3)}])
+@pytest.mark.parametrize(
+    "added", [{"conditioned": True}, {"token_taps": (2, 3)}, {"recall": (1, 2)}]
+)
 def test_a_new_input_changes_nothing(added: dict[str, Any]):
     """So that a model trained without can go on with it."""
     settings = {"vocab_size": 23, "n_outputs": 20, "d_model": (8,), "n_layers": (1,)}

@@ -17,6 +17,7 @@ ORDER = (
     "hippo",
     "recurrence",
     "layers",
+    "recall",
     "model",
     "conversion",
     "codec",

@@ -71,7 +71,7 @@ class ModelConfig:
             (0 <= self.dropout < 1, "0 <= dropout < 1"),
             (all(k >= 1 for k in (*self.taps, *self.token_taps)), "every tap >= 1"),
             (all(k >= 1 for k in self.recall), "every order of recall >= 1"),
-            (self.recall_slots >= 16 and self.recall_slots % 16 == 0, "recall_slots is 16, 32, …"),
+            (self.recall_slots in range(16, 2**20 + 1, 16), "recall_slots is 16, 32, … 2^20"),
             (self.head == "softmax" or not self.recall, "recall is for the softmax head"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
@@ -531,9 +531,13 @@ class SequenceModel(nn.Module):
         """tokens (B, L) → logits (B, L, V); ``rate`` scales Δ in every layer."""
         return self.head.logits(*self.features(tokens, rate))
 
-    def log_prob(self, tokens: Tensor) -> Tensor:
-        """Log-likelihood of tokens[:, 1:] given those before, in nats: (B, L) → (B, L - 1)."""
-        return self.head.log_prob(*self.features(tokens[:, :-1]), tokens[:, 1:])
+    def log_prob(self, tokens: Tensor, read: Tensor | None = None) -> Tensor:
+        """Log-likelihood of tokens[:, 1:] given those before, in nats: (B, L) → (B, L - 1).
+
+        With ``read`` (B, L - 1), given these instead of the tokens before.
+        """
+        read = tokens[:, :-1] if read is None else read
+        return self.head.log_prob(*self.features(read), tokens[:, 1:])
 
     def parameter_groups(self) -> dict[str, list[Tensor]]:
         """Parameters by how they are trained.

@@ -103,7 +103,9 @@ def _batches(
         lambda: (codec.encode(e.raw, e.label) for e in source.examples(codec, skip)),
         codec.vocab_size,
     )
-    batches = ClipBatches(stream, codec, settings.batch_size, settings.length, settings.seed)
+    batches = ClipBatches(
+        stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise
+    )
     if cut := int((~batches.ended).sum()):
         warnings.warn(
             f"{cut} of {len(batches.ended)} clips are longer than length, {settings.length} tokens:"

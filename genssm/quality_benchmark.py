@@ -58,9 +58,10 @@ class Transformer(nn.Module):
         )  # fmt: skip
         _turn(self.model)
 
-    def log_prob(self, tokens: Tensor) -> Tensor:
+    def log_prob(self, tokens: Tensor, read: Tensor | None = None) -> Tensor:
         """As ``SequenceModel.log_prob``."""
-        logits = self.model(tokens[:, :-1]).logits[..., : self.config.n_outputs].float()
+        read = tokens[:, :-1] if read is None else read
+        logits = self.model(read).logits[..., : self.config.n_outputs].float()
         return torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
 
     def optimizers(self, lr: float, matrix_lr: float, decay: float) -> list[torch.optim.Optimizer]:

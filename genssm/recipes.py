@@ -48,6 +48,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.0  # keep this much of the averaged weights a step; 0: no averaging
     flip: bool = False  # mirror half of the pictures
+    noise: float = 0.0  # sound is read with noise of up to so many steps of mu-law
     cut_documents: bool = False  # a window of text ends where its document does
     on_corrupt: str = "stop"  # at a file that is not readable; or "skip" it
     compile: bool = False  # torch.compile what follows each layer
@@ -61,7 +62,7 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "seed"):
+        for name in ("weight_decay", "warmup", "noise", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("decay", "grow"):
@@ -102,7 +103,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name, modality in (("flip", "image"), ("cut_documents", "text")):
+        for name, modality in (("flip", "image"), ("cut_documents", "text"), ("noise", "audio")):
             if getattr(self.train, name) and self.modality != modality:
                 raise ValueError(
                     f"{name} is for {modality}, the recipe is for {self.modality}; leave it out"

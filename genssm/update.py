@@ -28,7 +28,7 @@ ALONE = World()
 class Autoregressive(Protocol):
     """What is trained: a module with the likelihood of tokens (B, L + 1), nats of L each."""
 
-    def log_prob(self, tokens: Tensor) -> Tensor: ...
+    def log_prob(self, tokens: Tensor, read: Tensor | None = None) -> Tensor: ...
 
 
 class Objective(nn.Module):
@@ -38,9 +38,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, share: Tensor) -> Tensor:
-        """Nats of tokens (B, L + 1), each target counted by its share (B, L) → ()."""
-        return -(self.model.log_prob(tokens) * share).sum()
+    def forward(self, tokens: Tensor, share: Tensor, read: Tensor | None = None) -> Tensor:
+        """Nats of tokens (B, L + 1), each target counted by its share (B, L) → ().
+
+        ``read`` (B, L) is read in the place of tokens[:, :-1].
+        """
+        return -(self.model.log_prob(tokens, read) * share).sum()
 
 
 def spread(model: SequenceModel, world: World, shard: bool = False) -> nn.Module:
@@ -110,14 +113,14 @@ def train_step(
     devices = [device] if device.type == "cuda" else []
     loss = 0.0
     parts = list(_parts(batch, accumulate, world))
-    for i, (row, tokens, share) in enumerate(parts):
+    for i, (row, *part) in enumerate(parts):
         with (
             torch.random.fork_rng(devices),
             torch.autocast(device.type, torch.bfloat16, has_fast_bfloat16(device)),
             _synchronised(objective, i == len(parts) - 1),
         ):
             torch.manual_seed(int(np.random.SeedSequence((*seed, row)).generate_state(1)[0]))
-            nats = objective(tokens.to(device), share.to(device))
+            nats = objective(*(None if t is None else t.to(device) for t in part))
             (nats * world.size).backward()  # gradients are averaged over the processes
         loss += float(nats.detach())
     norm = nn.utils.clip_grad_norm_(parameters, clip)
@@ -130,8 +133,10 @@ def train_step(
     return Step(world.sums([loss])[0] / _LN2, finite)
 
 
-def _parts(batch: Batch, accumulate: int, world: World) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First row, tokens and shares of the parts of a batch that are this process's."""
+def _parts(
+    batch: Batch, accumulate: int, world: World
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """First row, tokens, shares and what is read of the parts that are this process's."""
     rows, parts = len(batch.tokens), world.size * accumulate
     if rows % parts:
         raise ValueError(
@@ -144,7 +149,9 @@ def _parts(batch: Batch, accumulate: int, world: World) -> Iterator[tuple[int, T
     share = weights / weights.sum()
     size = rows // parts
     for row in range(world.rank * accumulate * size, (world.rank + 1) * accumulate * size, size):
-        yield row, batch.tokens[row : row + size], share[row : row + size]
+        part = slice(row, row + size)
+        read = None if batch.read is None else batch.read[part]
+        yield row, batch.tokens[part], share[part], read
 
 
 def _synchronised(objective: nn.Module, last: bool) -> AbstractContextManager[object]:

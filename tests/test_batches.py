@@ -186,6 +186,38 @@ def test_clips_longer_than_a_sequence_are_cut_before_their_end():
     assert AUDIO.boundary not in batch.tokens[:, 1:]
 
 
+def test_noise_is_read_but_not_predicted():
+    """Each clip has a level of its own; targets, labels and the padding are as without."""
+    stream = stream_of(clips(*[400] * 32))
+    plain, noisy = (ClipBatches(stream, AUDIO, 8, 500, 0, noise).batch(3) for noise in (0.0, 5.0))
+    assert plain.read is None
+    assert noisy.read is not None
+    assert torch.equal(noisy.tokens, plain.tokens)
+    assert torch.equal(noisy.read[:, 0], plain.tokens[:, 0])  # labels
+    shift = (noisy.read - noisy.tokens[:, :-1]).double()[:, 1:]
+    assert 0 <= int(noisy.read[:, 1:].min()) <= int(noisy.read[:, 1:].max()) < AUDIO.boundary
+    levels = shift.std(1)
+    assert float(levels.max()) < 6
+    assert float(levels.max() - levels.min()) > 1
+    assert abs(float(shift.mean())) < 0.2
+    again = ClipBatches(stream, AUDIO, 8, 500, 0, 5.0).batch(3)
+    assert again.read is not None
+    assert torch.equal(noisy.read, again.read)
+    cut = noisy.cut(10)
+    assert cut.read is not None
+    assert torch.equal(cut.read, noisy.read[:, :10])
+
+
+def test_noise_leaves_what_is_no_sample():
+    """Boundaries behind the shorter clips of a batch are read as boundaries."""
+    batch = ClipBatches(stream_of(clips(5, 9)), AUDIO, 2, 100, 0, noise=9.0).batch(0)
+    assert batch.read is not None
+    assert batch.weights is not None
+    ends = batch.tokens[:, :-1] >= AUDIO.boundary
+    assert bool(ends.any())
+    assert torch.equal(batch.read[ends], batch.tokens[:, :-1][ends])
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_clips_than_a_batch_are_refused(n: int):
     with pytest.raises(ValueError, match="a batch of 2 needs"):
@@ -238,6 +270,7 @@ def test_no_target_depends_on_another_document_or_on_the_future(
         starts = range(30, 50)
         batch = batches.windows(np.array(starts))
         with torch.no_grad():
+            assert batch.weights is not None
             losses.append(-model.log_prob(batch.tokens) * batch.weights)
     assert torch.equal(losses[0], losses[1])
     later = batch.tokens.clone()

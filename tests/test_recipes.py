@@ -111,6 +111,8 @@ def test_unknown_settings_are_refused_and_the_known_ones_named(name: str):
         ({"warmup": -1}, "warmup must not be negative, got -1"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"flip": True}, "flip is for image, the recipe is for text"),
+        ({"noise": 1.0}, "noise is for audio, the recipe is for text"),
+        ({"noise": -1.0}, "noise must not be negative"),
     ],
 )
 def test_impossible_training_settings_are_refused(settings: dict[str, Any], message: str):

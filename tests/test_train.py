@@ -382,9 +382,9 @@ def nan_at(calls: set[int], seen: list[dict[str, Tensor]]) -> Callable[..., Tens
     """A ``log_prob`` that is NaN at some calls (all, if none are given) and notes the weights."""
     log_prob = SequenceModel.log_prob
 
-    def sometimes_nan(self: SequenceModel, tokens: Tensor) -> Tensor:
+    def sometimes_nan(self: SequenceModel, tokens: Tensor, read: Tensor | None = None) -> Tensor:
         seen.append({name: t.detach().clone() for name, t in self.state_dict().items()})
-        value = log_prob(self, tokens)
+        value = log_prob(self, tokens, read)
         return value * torch.nan if len(seen) in calls or not calls else value
 
     return sometimes_nan

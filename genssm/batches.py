@@ -132,7 +132,7 @@ class ClipBatches:
 
     With ``noise``, what a model reads is noisy and what it predicts is not, so that it learns to
     come back from errors of its own. Its standard deviation, in steps of mu-law, is drawn for every
-    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846), Section 3.4.
+    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846).
     """
 
     group = 16  # batches whose clips are sorted by length together

@@ -620,12 +620,13 @@ class CompiledModel:
     def save(self, memory: Memory) -> State:
         """The state that a memory of rows of one position holds."""
         assert (memory.positions == memory.position).all()
-        empty = self.model.recall.empty(memory.batch, torch.device("cpu"))
-        tables = [table.save(memory) for table in self._tables]
+        recall = self.model.recall.empty(memory.batch, torch.device("cpu"))
+        for k, table in enumerate(self._tables):
+            recall[:, k] = table.save(memory)
         return State(
             torch.tensor(memory.position),
             torch.from_numpy(np.delete(memory.history, self._kept_columns, axis=1)),
-            torch.stack(tables, 1) if tables else empty,
+            recall,
             tuple(slot.save(memory) for slot in self._slots),
         )
 

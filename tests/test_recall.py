@@ -12,7 +12,7 @@ from torch import Tensor
 from genssm.conversion import to_recurrent
 from genssm.model import SequenceModel
 from genssm.recall import NOTHING, Recall
-from genssm.stepper import CompiledModel
+from genssm.stepper import CompiledModel, UnsupportedError
 
 ORDERS, N_OUTPUTS = (1, 2, 4), 9
 
@@ -107,7 +107,7 @@ def test_every_stepper_remembers_the_same(make_model: Callable[..., SequenceMode
     model = to_recurrent(make_model("isotropic", recall=(1, 2, 3), recall_slots=32))
     tokens = torch.randint(0, 23, (3, 200))
     _, state = model.prefill(tokens)
-    stepped, memory = model.initial_state(3), None
+    stepped = model.initial_state(3)
     compiled = CompiledModel(model, "fp32")
     memory = compiled.load(stepped)
     for token in tokens.mT:
@@ -121,8 +121,6 @@ def test_every_stepper_remembers_the_same(make_model: Callable[..., SequenceMode
 def test_more_orders_than_fit_into_a_panel_run_eagerly(
     make_model: Callable[..., SequenceModel],
 ) -> None:
-    from genssm.stepping import UnsupportedError
-
     model = to_recurrent(make_model("isotropic", recall=tuple(range(1, 34))))
     with pytest.raises(UnsupportedError, match="at most 32 orders of recall fit, got 33"):
         CompiledModel(model)

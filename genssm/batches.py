@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,9 +134,14 @@ class ClipBatches:
     With ``noise``, what a model reads is noisy and what it predicts is not, so that it learns to
     come back from errors of its own. Its standard deviation, in steps of mu-law, is drawn for every
     clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846).
+
+    A tenth of the clips of a codec with durations are read as of open duration. What tells a
+    duration is predicted once a clip and decides all of it, so it counts as much as ``opening``
+    samples.
     """
 
     group = 16  # batches whose clips are sorted by length together
+    opening = 32
 
     def __init__(
         self,
@@ -148,7 +154,7 @@ class ClipBatches:
     ) -> None:
         self.stream, self.codec, self.batch_size, self.seed = stream, codec, batch_size, seed
         self.noise = noise
-        self.begins = _at_least(stream, codec.boundary)
+        self.begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
         ends = np.append(self.begins[1:], len(stream))
         self.lengths = np.minimum(ends - self.begins, length)  # samples and the end, if it fits
         self.ended = ends - self.begins <= length
@@ -174,9 +180,17 @@ class ClipBatches:
             tokens[row, 0] = self._start(int(self.stream[begin]), random.random())
             tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
             weights[row, :n] = 1
-        if not self.noise:
+            if self.codec.durations:
+                weights[row, 0] = self.opening
+        if not self.noise and not self.codec.durations:
             return Batch(tokens, weights)
-        return Batch(tokens, weights, self._noisy(tokens[:, :-1], _random(self.seed, step, 3)))
+        read = tokens[:, :-1].clone()
+        if self.noise:
+            read = self._noisy(read, _random(self.seed, step, 3))
+        if self.codec.durations:
+            chance = _random(self.seed, step, 4).random(self.batch_size)
+            read[torch.from_numpy(chance < 0.1), 1] = self.codec.boundary
+        return Batch(tokens, weights, read)
 
     def _noisy(self, tokens: Tensor, random: np.random.Generator) -> Tensor:
         """Tokens (B, L), of which samples are off; labels and boundaries are not."""
@@ -194,9 +208,9 @@ class ClipBatches:
         return start if broader is None or chance >= 0.4 else self.codec.start(broader)
 
 
-def _at_least(stream: np.ndarray, token: int) -> np.ndarray:
-    """Where a stream holds this token or a higher one, piece by piece."""
+def _where(stream: np.ndarray, wanted: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Where a stream holds wanted tokens, piece by piece."""
     found = [
-        i + np.flatnonzero(stream[i : i + _PIECE] >= token) for i in range(0, len(stream), _PIECE)
+        i + np.flatnonzero(wanted(stream[i : i + _PIECE])) for i in range(0, len(stream), _PIECE)
     ]
     return np.concatenate(found) if found else np.zeros(0, np.int64)

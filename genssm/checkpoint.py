@@ -26,7 +26,7 @@ from genssm.model import ModelConfig, SequenceModel
 
 FORMAT_VERSION = 1
 # What older checkpoints do not set, and did without.
-LATER_SETTINGS = {"token_taps", "recall", "recall_slots"}
+LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "durations"}
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,11 @@ def load(name: str | Path) -> Checkpoint:
         ) from error
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
-    check(
-        (codec.vocab_size, codec.n_outputs) == (model.config.vocab_size, model.config.n_outputs),
-        "has a codec that does not fit its model",
+    fits = all(
+        getattr(codec, name) == getattr(model.config, name)
+        for name in ("vocab_size", "n_outputs", "durations")
     )
+    check(fits, "has a codec that does not fit its model")
     expected = model.state_dict()
     wrong = sorted(set(expected) ^ set(tensors)) or sorted(
         k for k in expected if expected[k].shape != tensors[k].shape

@@ -148,6 +148,10 @@ def sample(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Longest sound to draw (default 2).")
     ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds that the sound is to last (the model draws them)."),
+    ] = None,
     keep_rows: Annotated[
         int | None, typer.Option(min=0, help="Rows of a prompt picture to keep (half).")
     ] = None,

@@ -33,10 +33,11 @@ class Codec(ABC):
     boundary: int
     n_outputs: int
     labels: tuple[str, ...] = ()
+    durations: tuple[int, ...] = ()  # of clips, in samples, that have a token
 
     @property
     def vocab_size(self) -> int:
-        """Ids read by the model: the predicted ones, the boundary and the labels."""
+        """Ids read by the model: the predicted ones, the boundary and the labels, in this order."""
         return max(self.n_outputs, self.boundary + 1) + len(self.labels)
 
     def broader(self, label: str) -> str | None:
@@ -84,11 +85,19 @@ class Codec(ABC):
             raise ValueError(
                 f"token ids must lie in 0 … {self.vocab_size - 1}, got {ids.min()} … {ids.max()}"
             )
-        return ids[(ids < self.n_outputs) & (ids != self.boundary)]
+        return ids[self._stand_for_raw(ids)]
+
+    def _stand_for_raw(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids stand for raw values, and are no start token, boundary or the like."""
+        return (ids < self.n_outputs) & (ids != self.boundary)
 
     @abstractmethod
     def encode(self, raw: Raw, label: str | None = None) -> Tensor:
         """Raw → int64 tokens (L + 1,), the start token first."""
+
+    def prompt(self, raw: Raw, label: str | None = None) -> Tensor:
+        """``encode`` for what is to be continued."""
+        return self.encode(raw, label)
 
     @abstractmethod
     def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> Raw:
@@ -336,17 +345,39 @@ class _ImageDecoder(Decoder):
 
 
 class Audio(Codec):
-    """Mono sound as 8-bit mu-law at one sampling rate, ended by the boundary."""
+    """Mono sound as 8-bit mu-law at one sampling rate, ended by the boundary.
+
+    With ``durations``, numbers of samples, the start token is followed by one for the duration
+    that is nearest to the clip's; the boundary in its place leaves it open.
+    """
 
     modality = "audio"
     unit = "bits/sample"
     boundary = 256
-    n_outputs = 257
 
-    def __init__(self, rate: int, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, rate: int, labels: Sequence[str] = (), durations: tuple[int, ...] = ()
+    ) -> None:
         check_rate(rate)
         self.rate = rate
         self.labels = tuple(labels)
+        self.durations = tuple(durations)
+        if any(n < 1 for n in self.durations) or sorted(set(self.durations)) != [*self.durations]:
+            raise ValueError(
+                f"durations must be numbers of samples, the shortest first; got {self.durations}"
+            )
+
+    @property
+    def n_outputs(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.boundary + 1 + len(self.durations)
+
+    def duration(self, samples: float) -> int:
+        """The token of the duration that is nearest by ratio."""
+        distances = np.abs(np.log(self.durations) - np.log(max(1, samples)))
+        return self.boundary + 1 + int(distances.argmin())
+
+    def _stand_for_raw(self, ids: np.ndarray) -> np.ndarray:
+        return ids < self.boundary
 
     def waveform(self, raw: Raw, rate: int | None = None) -> np.ndarray:
         """Bring sound to float32 mono (samples,) on [-1, 1] at this codec's rate.
@@ -379,7 +410,16 @@ class Audio(Codec):
         from torchaudio.functional import mu_law_encoding
 
         wave = torch.from_numpy(self.waveform(raw))
-        return self._with_start(mu_law_encoding(wave, 256).numpy(), label)
+        tokens = mu_law_encoding(wave, 256).numpy()
+        if self.durations:
+            tokens = np.insert(tokens, 0, self.duration(len(tokens)))
+        return self._with_start(tokens, label)
+
+    def prompt(self, raw: Raw, label: str | None = None) -> Tensor:
+        tokens = self.encode(raw, label)
+        if self.durations:
+            tokens[1] = self.boundary  # it goes on, nobody knows how long
+        return tokens
 
     def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokens → float32 (samples,) on [-1, 1]."""
@@ -391,7 +431,8 @@ class Audio(Codec):
         return len(self.waveform(raw))
 
     def to_config(self) -> dict[str, Any]:
-        return {"kind": "audio", "rate": self.rate, "labels": list(self.labels)}
+        config = {"kind": "audio", "rate": self.rate, "labels": list(self.labels)}
+        return config | {"durations": list(self.durations)} if self.durations else config
 
     def decoder(self) -> Decoder:
         return _AudioDecoder(self)

@@ -103,23 +103,6 @@ class Board:
     steps: dict[tuple[int, int, bool], Callable[[], None]] = field(default_factory=dict)
 
 
-def embed(
-    net: RecurrentModel, token: Tensor, history: Tensor, recall: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What goes into stack and head for one token (B,) a row, at a ``position`` (B,) of its own.
-
-    Returns features (B, H), what the head knows without them, history and recall after the token.
-    """
-    kept = int(net.config.conditioned)
-    first, before = history[:, :kept], history[:, kept:]
-    first = torch.where(position[:, None] == 0, token[:, None], first)
-    window = torch.cat([before, token[:, None]], 1)
-    x, prediction = net.inputs(window, position, first)
-    recalled, recall = net.recall(window, 1, recall)
-    known = recalled if prediction is None else prediction
-    return x[:, 0], known[:, 0], torch.cat([first, window[:, 1:]], 1), recall
-
-
 def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:
     """``sampling.probabilities`` with settings (B, 6) of its own for every row.
 
@@ -331,9 +314,11 @@ class CapturedModel:
         for i in range(count):
             token, board.bits[:, i] = _drawn(board, logits, board.uniforms[:, i], filtered)
             board.tokens[:, i] = token
-            x, known, history, recall = embed(net, token[board.reads], history, recall, positions)
-            x, layers = net.stack.step(x, layers, phase + i)
-            logits, positions = net.head.logits(net.norm(x), known), positions + 1
+            x, known, history, recall = net.look(
+                token[board.reads, None], history, recall, positions
+            )
+            x, layers = net.stack.step(x[:, 0], layers, phase + i)
+            logits, positions = net.head.logits(net.norm(x), known[:, 0]), positions + 1
         after = State(positions, history, recall, layers).tensors()
         board.positions.copy_(after[0])
         for place, tensor in zip(board.tensors, [history, logits, *after[2:]], strict=True):

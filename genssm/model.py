@@ -48,6 +48,9 @@ class ModelConfig:
     recall_slots: int = 4096  # contexts of each order that are remembered
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
     conditioned: bool = False  # the first token, a class label, is also added at every position
+    # Lengths that the second token tells, by the last ids predicted: it is added everywhere, too,
+    # and so is the part of the length that has passed.
+    durations: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,6 +78,9 @@ class ModelConfig:
             (self.head == "softmax" or not self.recall, "recall is for the softmax head"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
+            (self.conditioned or not self.durations, "durations need conditioned"),
+            (min(self.durations, default=1) >= 1, "every duration >= 1"),
+            (len(self.durations) < self.n_outputs, "fewer durations than n_outputs"),
         ]
         broken = [rule for holds, rule in rules if not holds]
         if broken:
@@ -89,6 +95,11 @@ class ModelConfig:
     def period(self) -> int:
         """Tokens after which the phases of all pools, and the channels of a pixel, repeat."""
         return math.lcm(math.prod(self.pools), self.channels)
+
+    @property
+    def kept(self) -> int:
+        """Tokens at the beginning that a model never forgets: the label, the duration."""
+        return int(self.conditioned) + bool(self.durations)
 
     @property
     def channels(self) -> int:
@@ -256,8 +267,37 @@ class PhasedLinear(nn.Module):
         return y
 
 
+PARTS = 64  # of a clip, which a model with durations tells apart
+
+
+class Progress(nn.Module):
+    """How much of a clip has passed: an embedding of its part, floor(PARTS · time / duration).
+
+    A row more is for what comes after the duration, one for a clip whose duration is open.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.first = config.n_outputs - len(config.durations)  # the id of the first duration
+        self.durations: Tensor
+        self.register_buffer("durations", torch.tensor(config.durations), persistent=False)
+        self.table = nn.Parameter(torch.zeros(PARTS + 2, config.d_model[0]))
+
+    def pace(self, rate: float) -> Tensor:
+        """Parts a token, for each duration, (durations,) float32: every stepper counts by these."""
+        return (rate * PARTS / self.durations.double()).float()
+
+    def forward(self, duration: Tensor, time: Tensor, rate: float) -> Tensor:
+        """Tokens of durations (B, 1), predicted samples before (B, L) → (B, L, H)."""
+        which = duration - self.first
+        told = (which >= 0) & (which < len(self.durations))
+        pace = self.pace(rate)[which.where(told, 0)].double()
+        part = (time * pace).clamp(0, PARTS).long()
+        return self.table[part.where(told, PARTS + 1)]
+
+
 class Inputs(nn.Module):
-    """Tokens to features: embeddings, earlier values as numbers, position in an image."""
+    """Tokens to features: embeddings, earlier values as numbers, position in an image or clip."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -289,6 +329,11 @@ class Inputs(nn.Module):
         self.condition = nn.Embedding(config.vocab_size, d_model) if config.conditioned else None
         if self.condition is not None:
             nn.init.zeros_(self.condition.weight)
+        self.progress = Progress(config) if config.durations else None
+
+    def history(self, batch: int, device: torch.device) -> Tensor:
+        """``State.history`` before any token."""
+        return torch.full((batch, self.config.kept + self.reach), NOTHING, device=device)
 
     def values(self, tokens: Tensor) -> Tensor:
         """Values of the tokens on [-1, 1]; 0 for boundaries, labels and NOTHING."""
@@ -298,20 +343,26 @@ class Inputs(nn.Module):
         return torch.where(inside, tokens.to(dtype) * (2 / top) - 1, 0.0)
 
     def forward(
-        self, window: Tensor, position: int | Tensor, first: Tensor | None = None
+        self, window: Tensor, position: int | Tensor, first: Tensor, rate: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         """window (B, reach + L): the tokens at position … position + L - 1 and ``reach`` before.
 
         For L = 1, every row may have a position of its own, (B,).
-        ``first`` (B, 1) is the first token of the sequence, which a conditioned model needs.
+        ``first`` (B, kept) are the first tokens of the sequence, NOTHING where none is read yet.
+        A clip lasts 1 / ``rate`` times as long as its duration token tells.
         Returns features (B, L, H) and, for the logistics head, a linear prediction of
         the next value (B, L, 1).
         """
         length = window.shape[1] - self.reach
         x = self.embedding(window[:, self.reach :])
+        start = position[:, None] if isinstance(position, Tensor) else position
+        t = start + torch.arange(length, device=window.device)  # (L,) or (B, L)
         if self.condition is not None:
-            assert first is not None
-            x = x + self.condition(first.clamp(min=0))  # NOTHING, while nothing is read
+            x = x + self.condition(first[:, :1].clamp(min=0))
+        if self.condition is not None and self.progress is not None:
+            duration, time = first[:, 1:], (t - 1).expand(len(first), -1)
+            told = self.condition(duration.clamp(min=0)) + self.progress(duration, time, rate)
+            x = x + told.masked_fill((time < 0)[..., None], 0.0)  # where it is yet to be read
         last = self.reach + 1
         for k, table in zip(self.config.token_taps, self.token_taps, strict=True):
             earlier = window[:, last - k : last - k + length]
@@ -327,8 +378,6 @@ class Inputs(nn.Module):
                 prediction = self.prediction(tapped, position)
         if self.config.image_shape is not None:
             rows, columns, channels = self.config.image_shape
-            start = position[:, None] if isinstance(position, Tensor) else position
-            t = start + torch.arange(length, device=window.device)
             row = (t // (columns * channels)).clamp(max=rows - 1)
             for table, index in zip(
                 self.positions, (row, t // channels % columns, t % channels), strict=True
@@ -517,15 +566,12 @@ class SequenceModel(nn.Module):
         That is a linear prediction (B, L, 1), or recalled tokens (B, L, K).
         """
         _check_tokens(tokens, self.config)
-        window = F.pad(tokens, (self.inputs.reach, 0), value=NOTHING)
-        first = tokens[:, : int(self.config.conditioned)]
-        x, prediction = self.inputs(window, 0, first)
+        history = self.inputs.history(len(tokens), tokens.device)
+        tables = self.recall.empty(len(tokens), tokens.device)
+        x, known, _, _ = _look(self.inputs, self.recall, tokens, history, tables, 0, rate)
         if tokens.shape[1]:  # a layer needs a position; nothing has no features, only a shape
             x = self.stack(x, rate)
-        if prediction is not None:
-            return self.norm(x), prediction
-        tables = self.recall.empty(len(tokens), tokens.device)
-        return self.norm(x), self.recall(window, tokens.shape[1], tables)[0]
+        return self.norm(x), known
 
     def forward(self, tokens: Tensor, rate: float = 1.0) -> Tensor:
         """tokens (B, L) → logits (B, L, V); ``rate`` scales Δ in every layer."""
@@ -557,6 +603,38 @@ class SequenceModel(nn.Module):
                 groups["matrices"].append(module.weight)
         groups["others"] = [p for p in self.parameters() if p not in seen]
         return groups
+
+
+def _window(
+    tokens: Tensor, history: Tensor, kept: int, position: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first tokens of the sequence (B, kept), and tokens (B, L) behind the last in ``history``.
+
+    The first of the tokens stands at ``position``, an integer or (B,) integers.
+    """
+    first, length = history[:, :kept], tokens.shape[1]
+    if kept and length:
+        start = position[:, None] if isinstance(position, Tensor) else position
+        place = (torch.arange(kept, device=tokens.device) - start).expand(len(tokens), -1)
+        now = tokens.gather(1, place.clamp(0, length - 1))  # those that are among these
+        first = torch.where((place >= 0) & (place < length), now, first)
+    return first, torch.cat([history[:, kept:], tokens], 1)
+
+
+def _look(
+    inputs: Inputs, recall: Recall, tokens: Tensor, history: Tensor, tables: Tensor,
+    position: int | Tensor, rate: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What goes into stack and head for tokens (B, L), and history and tables after them.
+
+    The first of them stands at ``position``; for L = 1, every row may have its own, (B,).
+    """
+    length = tokens.shape[1]
+    first, window = _window(tokens, history, inputs.config.kept, position)
+    x, prediction = inputs(window, position, first, rate)
+    recalled, tables = recall(window, length, tables)
+    known = recalled if prediction is None else prediction
+    return x, known, torch.cat([first, window[:, length:]], 1), tables
 
 
 def _check_tokens(tokens: Tensor, config: ModelConfig) -> None:
@@ -681,8 +759,7 @@ class State(NamedTuple):
     """All that a recurrent model remembers; its size does not depend on the tokens read."""
 
     position: Tensor  # () int64 on the CPU: tokens read
-    # (B, reach) int64, the last tokens, for the taps; if conditioned, after one more column that
-    # holds the first token
+    # (B, kept + reach) int64, the first tokens and the last, for the taps; NOTHING before any
     history: Tensor
     recall: Tensor  # (B, K, slots, 2) int32: what ``Recall`` keeps
     layers: tuple  # nested as the model is
@@ -713,6 +790,7 @@ class RecurrentModel(nn.Module):
     def __init__(self, model: SequenceModel, rate: float = 1.0) -> None:
         super().__init__()
         self.config = model.config
+        self.rate = rate
         self.inputs = _frozen(model.inputs)
         self.stack = model.stack.to_recurrent(rate)
         self.norm = _frozen(model.norm)
@@ -722,8 +800,7 @@ class RecurrentModel(nn.Module):
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token."""
         device = self.norm.weight.device
-        width = int(self.config.conditioned) + self.inputs.reach
-        history = torch.full((batch, width), NOTHING, device=device)
+        history = self.inputs.history(batch, device)
         recall = self.recall.empty(batch, device)
         return State(torch.tensor(0), history, recall, self.stack.initial_state(batch))
 
@@ -733,23 +810,19 @@ class RecurrentModel(nn.Module):
 
     def remembered(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """``State.history`` and ``State.recall`` after tokens (B, L) from the beginning, L >= 1."""
-        kept, reach = int(self.config.conditioned), self.inputs.reach
-        padded = F.pad(tokens, (reach, 0), value=NOTHING)
-        history = torch.cat([tokens[:, :kept], padded[:, padded.shape[1] - reach :]], 1)
-        empty = self.recall.empty(len(tokens), tokens.device)
-        return history, self.recall(padded, tokens.shape[1], empty)[1]
+        history = self.inputs.history(len(tokens), tokens.device)
+        first, window = _window(tokens, history, self.config.kept, 0)
+        recall = self.recall.empty(len(tokens), tokens.device)
+        _, recall = self.recall(window, tokens.shape[1], recall)
+        return torch.cat([first, window[:, tokens.shape[1] :]], 1), recall
 
-    def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What goes into stack and head for tokens (B, L); history and recall after them."""
-        position, kept = int(state.position), int(self.config.conditioned)
-        first, before = state.history[:, :kept], state.history[:, kept:]
-        if position == 0 and tokens.shape[1]:
-            first = tokens[:, :kept]
-        window = torch.cat([before, tokens], 1)
-        x, prediction = self.inputs(window, position, first)
-        recalled, recall = self.recall(window, tokens.shape[1], state.recall)
-        known = recalled if prediction is None else prediction
-        return x, known, torch.cat([first, window[:, tokens.shape[1] :]], 1), recall
+    def look(
+        self, tokens: Tensor, history: Tensor, recall: Tensor, position: int | Tensor,
+        rate: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """``_look`` with the rate that the model was converted at."""
+        rate *= self.rate
+        return _look(self.inputs, self.recall, tokens, history, recall, position, rate)
 
     @torch.no_grad()
     def prefill(
@@ -776,7 +849,9 @@ class RecurrentModel(nn.Module):
         """What the head reads after each token, and the state after all."""
         _check_tokens(tokens, self.config)
         state = self.initial_state(tokens.shape[0]) if state is None else state
-        x, known, history, recall = self._read(tokens, state)
+        x, known, history, recall = self.look(
+            tokens, state.history, state.recall, int(state.position), rate
+        )
         x, layers = self.stack.prefill(x, state.layers, int(state.position), rate)
         after = State(state.position + tokens.shape[1], history, recall, layers)
         return self.norm(x), known, after
@@ -789,7 +864,9 @@ class RecurrentModel(nn.Module):
                 f"token must be of shape (B,) with B = {len(state.history)} as the state; got "
                 f"{tuple(token.shape)}"
             )
-        x, known, history, recall = self._read(token[:, None], state)
+        x, known, history, recall = self.look(
+            token[:, None], state.history, state.recall, int(state.position), rate
+        )
         x, layers = self.stack.step(x[:, 0], state.layers, int(state.position), rate)
         return (
             self.head.logits(self.norm(x), known[:, 0]),

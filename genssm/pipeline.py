@@ -393,11 +393,12 @@ class Pipeline:
         if request.stop and self.modality != "text":
             raise ValueError("stop strings end text; this model does not write text")
         if state is None:
-            tokens = self.prompt_tokens(prompt, label=request.label, keep_rows=request.keep_rows)
-        elif prompt is None and request.label is None and request.keep_rows is None:
+            chosen = {name: getattr(request, name) for name in ("label", "keep_rows", "duration")}
+            tokens = self.prompt_tokens(prompt, **chosen)
+        elif prompt is None and {request.label, request.keep_rows, request.duration} == {None}:
             tokens = state.tokens
         else:
-            raise ValueError("a state holds its prompt and class; give the state alone")
+            raise ValueError("a state holds its prompt, class and duration; give the state alone")
         count = request.count * request.rank
         first = request.first * request.rank
         plan = Plan(
@@ -449,14 +450,16 @@ class Pipeline:
             )
 
     def read(
-        self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
-    ) -> Reading:
+        self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None,
+        duration: float | None = None,
+    ) -> Reading:  # fmt: skip
         """Read a prompt once, in parallel; ``sample(state=…)`` goes on from there, often.
 
         Continuing a state equals having given the whole text, picture or sound as the prompt, with
         ``guidance=1``: what is guided reads without its class, too.
         """
-        return read(self.recurrent, self.prompt_tokens(prompt, label=label, keep_rows=keep_rows))
+        tokens = self.prompt_tokens(prompt, label=label, keep_rows=keep_rows, duration=duration)
+        return read(self.recurrent, tokens)
 
     def save_state(self, state: Reading, path: str | Path) -> None:
         """Write a state file (safetensors), whole or not at all."""
@@ -592,11 +595,13 @@ class Pipeline:
         return [sample for session in sessions for sample in session.run()]
 
     def prompt_tokens(
-        self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None
-    ) -> Tensor:
+        self, prompt: Raw = None, *, label: str | None = None, keep_rows: int | None = None,
+        duration: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """The tokens that a prompt stands for, start token first, (L,) int64.
 
-        A string is text for a text model and a class name for the others.
+        A string is text for a text model and a class name for the others. Without ``duration``, in
+        seconds, that of a sound alone is drawn by the model, and that of a continued one left open.
         """
         codec = self.codec
         if keep_rows is not None and not (isinstance(codec, Image) and prompt is not None):
@@ -605,15 +610,28 @@ class Pipeline:
             if label is not None and label != prompt:
                 raise ValueError(f"two classes given: {prompt!r} and {label!r}")
             prompt, label = None, prompt
+        told = [] if duration is None else [self._duration_token(duration)]
         if prompt is None:
-            return torch.tensor([codec.start(label)])
-        tokens = codec.encode(prompt, label)
+            return torch.tensor([codec.start(label), *told])
+        tokens = codec.prompt(prompt, label)
+        tokens[1 : 1 + len(told)] = torch.tensor(told)
         if isinstance(codec, Image):
             rows = codec.shape[0] // 2 if keep_rows is None else keep_rows
             if not 0 <= rows <= codec.shape[0]:
                 raise ValueError(f"keep_rows must lie in 0 … {codec.shape[0]}, got {rows}")
             tokens = tokens[: 1 + rows * codec.shape[1] * codec.shape[2]]
         return tokens
+
+    def _duration_token(self, seconds: float) -> int:
+        codec = self.codec
+        if not isinstance(codec, Audio) or not codec.durations:
+            raise ValueError("this model knows no durations; leave the duration out")
+        shortest, longest = (n / codec.rate for n in (codec.durations[0], codec.durations[-1]))
+        if not shortest <= seconds <= longest:
+            raise ValueError(
+                f"the duration must lie in {shortest:g} … {longest:g} seconds, got {seconds:g}"
+            )
+        return codec.duration(seconds * codec.rate)
 
     def _length(self, read: int, max_tokens: int | None) -> int:
         if isinstance(self.codec, Image):
@@ -730,7 +748,8 @@ def _at_rate(codec: Codec, rate: float) -> Audio:
         raise ValueError(
             f"the rate must be a positive number, a millionth to a million, got {rate}"
         )
-    return Audio(round(codec.rate / rate), codec.labels)
+    durations = tuple(round(n / rate) for n in codec.durations)
+    return Audio(round(codec.rate / rate), codec.labels, durations)
 
 
 def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> Pipeline:

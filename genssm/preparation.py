@@ -167,7 +167,9 @@ def _check_meaning(before: ModelConfig, now: ModelConfig) -> None:
             )
 
 
-_ADDED = ("inputs.condition.", "inputs.token_taps.", "inputs.taps.", "head.recall.")
+_ADDED = (
+    "inputs.condition.", "inputs.progress.", "inputs.token_taps.", "inputs.taps.", "head.recall.",
+)  # fmt: skip
 
 
 def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
@@ -184,13 +186,16 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
         for name, parameter in own.items()
         if name.startswith(_ADDED) and name not in weights
     }
-    if codec.n_outputs == start.codec.n_outputs and codec.labels != start.codec.labels:
-        ids = [
-            *range(codec.vocab_size - len(codec.labels)),
-            *(start.codec.start(_nearest(label, codec, start.codec)) for label in codec.labels),
-        ]
+    ids = _counterparts(codec, start.codec)
+    if (
+        codec.modality == start.codec.modality != "text"
+        and codec.to_config() != start.codec.to_config()
+    ):
         for name in {"inputs.embedding.weight", condition} & weights.keys():
             weights[name] = weights[name][ids]
+        for name in {"head.linear.weight", "head.linear.bias"} & weights.keys():
+            if len(weights[name]) == start.codec.n_outputs:
+                weights[name] = weights[name][ids[: codec.n_outputs]]
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
         raise ValueError("the model to start from has another shape than the recipe's")
     _check_meaning(start.model.config, model.config)
@@ -202,6 +207,18 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
             assert isinstance(before, S4)
             if (layer.l_max, layer.truncated) != (before.l_max, before.truncated):
                 layer.load_output(before)
+
+
+def _counterparts(codec: Codec, known: Codec) -> list[int]:
+    """For each id of a codec, the id that is most like it among those of another of its kind."""
+    told = [
+        known.n_outputs - len(known.durations) + known.durations.index(n)
+        if n in known.durations
+        else known.boundary
+        for n in codec.durations
+    ]
+    starts = [known.start(_nearest(label, codec, known)) for label in codec.labels]
+    return [*range(codec.vocab_size - len(told) - len(starts)), *told, *starts]
 
 
 def _nearest(label: str, codec: Codec, known: Codec) -> str | None:

@@ -112,10 +112,7 @@ def benchmark_quality(
     """
     prepared = prepare(recipe, data, out, None, _WINDOWS)
     torch.manual_seed(recipe.train.seed)
-    config = ModelConfig(
-        vocab_size=prepared.codec.vocab_size, n_outputs=prepared.codec.n_outputs,
-        l_max=recipe.train.length, **recipe.model,
-    )  # fmt: skip
+    config = recipe.model_config(prepared.codec)
     ours, settings = SequenceModel(config), recipe.train
     size = sum(p.numel() for p in ours.parameters())
     gpt2 = Transformer(config, size)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from genssm.codec import Codec
 from genssm.model import ModelConfig
 from genssm.optim import SCHEDULES
 from genssm.settings import check_types
@@ -90,12 +91,14 @@ class TrainConfig:
 
 # Settings of a model that are numbers in a row: one a level, say.
 _LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
+# Settings of a model that follow from its codec and its training.
+DERIVED = {"vocab_size", "n_outputs", "l_max", "durations"}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """``codec`` are the settings of the modality's codec, ``model`` those of ``ModelConfig``
-    other than vocab_size, n_outputs and l_max, which follow from the codec and the training."""
+    other than those in ``DERIVED``, which follow from the codec and the training."""
 
     modality: str
     codec: dict[str, Any]
@@ -109,6 +112,16 @@ class Recipe:
                     f"{name} is for {modality}, the recipe is for {self.modality}; leave it out"
                 )
 
+    def model_config(self, codec: Codec) -> ModelConfig:
+        """The settings of a model of this codec's tokens."""
+        return ModelConfig(
+            vocab_size=codec.vocab_size,
+            n_outputs=codec.n_outputs,
+            durations=codec.durations,
+            l_max=self.train.length,
+            **self.model,
+        )
+
     def changed(self, settings: dict[str, Any]) -> Recipe:
         """A copy with settings of codec, model or training replaced by name.
 
@@ -116,8 +129,7 @@ class Recipe:
         ValueError for what no model or training can have, before any data is read.
         """
         codec, model, train = dict(self.codec), dict(self.model), {}
-        derived = {"vocab_size", "n_outputs", "l_max"}
-        model_names = {f.name for f in fields(ModelConfig)} - derived
+        model_names = {f.name for f in fields(ModelConfig)} - DERIVED
         train_names = {f.name for f in fields(TrainConfig)}
         for name, value in settings.items():
             if name in codec:
@@ -164,6 +176,13 @@ MNIST_TAPS = (
     3 * _UP,
 )
 
+
+def durations(shortest: float, longest: float, count: int, rate: int) -> tuple[int, ...]:
+    """Numbers of samples at ``rate`` Hz, from ``shortest`` to ``longest`` seconds by one ratio."""
+    ratio = longest / shortest
+    return tuple(round(rate * shortest * ratio ** (i / (count - 1))) for i in range(count))
+
+
 RECIPES: dict[str, Recipe] = {
     "wiki": Recipe(
         modality="text",
@@ -195,7 +214,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": Recipe(
         modality="audio",
-        codec={"rate": 8000, "labels": SPOKEN},
+        codec={"rate": 8000, "labels": SPOKEN, "durations": durations(0.125, 1.25, 41, 8000)},
         model={
             "d_model": (64, 128, 256),
             "n_layers": (4, 4, 4),
@@ -221,7 +240,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "sc09": Recipe(
         modality="audio",
-        codec={"rate": 16000, "labels": SC09},
+        codec={"rate": 16000, "labels": SC09, "durations": durations(0.1, 1.0, 41, 16000)},
         model={
             "d_model": (64, 128, 256),
             "n_layers": (4, 4, 4),

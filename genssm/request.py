@@ -24,6 +24,7 @@ class Settings(TypedDict, total=False):
 
     label: str | None
     keep_rows: int | None
+    duration: float | None
     count: int
     first: int
     max_tokens: int | None
@@ -46,6 +47,7 @@ class Request:
 
     label: str | None = None  # class of a picture or sound
     keep_rows: int | None = None  # rows of a prompt picture to keep; half of them
+    duration: float | None = None  # seconds that a sound is to last; the model draws it
     count: int = 1  # samples
     first: int = 0  # index of the first: samples 4 … 7 of a seed are count=4, first=4
     max_tokens: int | None = None  # drawn: 256 of text, the whole picture, two seconds of sound

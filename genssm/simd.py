@@ -32,9 +32,9 @@ PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
 
 # Operations, and the columns of the program that hold their arguments.
 EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
-SILU, GATE, ADD, POOL, LOGISTICS, RECALL = range(8, 14)
+SILU, GATE, ADD, POOL, LOGISTICS, RECALL, PROGRESS = range(8, 15)
 # One thread does these, all share the others.
-SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS, RECALL)
+SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS, RECALL, PROGRESS)
 TEAM = 4  # threads that may step one batch together
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
@@ -833,17 +833,25 @@ def embed(tokens, t, reads, history, kept, positions, work, target, width, const
     """The rows of the embedding; the token joins the history, the oldest leaves it.
 
     Row r reads the token of sample reads[r]. ``kept`` columns of the history before it hold the
-    first token.
+    first tokens.
     """
     for row in range(history.shape[0]):
         for k in range(kept + 1, history.shape[1]):
             history[row, k - 1] = history[row, k]
         token = tokens[reads[row], t]
         history[row, -1] = token
-        if kept and positions[row] + t == 0:
-            history[row, 0] = token
+        if positions[row] + t < kept:
+            history[row, positions[row] + t] = token
         for i in range(0, width, LANES):
             store(work, target + row * width + i, load(constants, table + token * width + i))
+
+
+@njit(**_OPTIONS)
+def add_entry(work, target, constants, entry, width):
+    """Add a row of a table."""
+    for i in range(0, width, LANES):
+        x = load(work, target + i)
+        store(work, target + i, add(x, load(constants, entry + i)))
 
 
 @njit(**_OPTIONS)
@@ -851,11 +859,28 @@ def add_token(history, column, work, target, width, constants, table):
     """Add an embedding of the token in a column of the history, if there is one yet."""
     for row in range(history.shape[0]):
         token = history[row, column]
-        if token < 0:
+        if token >= 0:
+            add_entry(work, target + row * width, constants, table + token * width, width)
+
+
+@njit(**_OPTIONS)
+def add_progress(
+    history, positions, t, first, count, parts, work, target, width, constants, pace, table
+):  # fmt: skip
+    """Add the embedding of the part of its clip that a row has come to; see model.Progress.
+
+    ``pace``: parts a token for each of ``count`` durations, whose ids begin at ``first``.
+    ``table``: ``parts`` embeddings, one for what comes after the clip, one for open durations.
+    """
+    for row in range(history.shape[0]):
+        time = positions[row] + t - 1
+        if time < 0:
             continue
-        for i in range(0, width, LANES):
-            entry = load(constants, table + token * width + i)
-            store(work, target + row * width + i, add(load(work, target + row * width + i), entry))
+        which = history[row, 1] - first
+        part = parts + 1
+        if 0 <= which < count:
+            part = min(parts, int(time * np.float64(constants[pace + which])))
+        add_entry(work, target + row * width, constants, table + part * width, width)
 
 
 @njit(**_OPTIONS)
@@ -927,7 +952,7 @@ def serially(
 ):  # fmt: skip
     """One of SERIAL."""
     batch = history.shape[0]
-    if code == EMBED:  # size: columns of the history that hold the first token
+    if code == EMBED:  # size: columns of the history that hold the first tokens
         embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
     elif code == TOKEN:  # size: the column of the history
         add_token(history, size, work, y, width, constants, table)
@@ -936,6 +961,9 @@ def serially(
         gather_taps(work, y, width, history, taps, x, constants, table, phase)
     elif code == POSITION:  # size, extra, more: rows, columns, channels
         add_position(positions, t, size, extra, more, work, y, width, constants, table)
+    elif code == PROGRESS:  # size: the first duration's id; extra: how many; more: parts
+        add_progress(history, positions, t, size, extra, more, work, y, width, constants, last,
+                     table)  # fmt: skip
     elif code == RECALL:  # table: order; size: values; extra: region of the table; more: its slots
         recall(history, table, words, extra * batch, more, size, work, x + last, y, width)
     else:  # LOGISTICS; size: values; extra: the prediction; more: mixtures

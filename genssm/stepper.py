@@ -28,6 +28,7 @@ from genssm import cuda
 from genssm.cuda import CapturedModel
 from genssm.distributed import default_device
 from genssm.model import (
+    PARTS,
     Linear,
     Logistics,
     Mixer,
@@ -357,16 +358,25 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     table = _numpy(inputs.embedding.weight)
     width = _padded(table.shape[1])
     padding = [(0, 0), (0, width - table.shape[1])]
-    kept = int(model.config.conditioned)
+    kept = model.config.kept
     program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)), size=kept)
     last = kept + inputs.reach + 1  # columns of the history
     columns = (last - k for k in model.config.token_taps)
     added = list(zip(columns, inputs.token_taps, strict=True))
-    if inputs.condition is not None:
-        added.append((0, inputs.condition.weight))
     for column, table in added:
         place = program.constant(np.pad(_numpy(table), padding))
         program.emit(simd.TOKEN, 0, x, width, place, size=column)
+    if inputs.condition is not None:
+        place = program.constant(np.pad(_numpy(inputs.condition.weight), padding))
+        for column in range(kept):
+            program.emit(simd.TOKEN, 0, x, width, place, size=column)
+    if inputs.progress is not None:
+        place = program.constant(np.pad(_numpy(inputs.progress.table), padding))
+        pace = program.constant(program.features(_numpy(inputs.progress.pace(model.rate))))
+        program.emit(
+            simd.PROGRESS, 0, x, width, place, size=inputs.progress.first,
+            extra=len(inputs.progress.durations), more=PARTS, last=pace,
+        )  # fmt: skip
     prediction = program.reserve(32)
     if inputs.taps is not None:
         phases, _, n_taps = inputs.taps.weight.shape
@@ -589,7 +599,7 @@ class CompiledModel:
         self._constants = _aligned(program.constants, np.float32)
         self._matrices = _aligned(program.matrices, np.uint8)
         self._taps = np.array(self.config.taps, np.int64)
-        self._kept_columns = int(self.config.conditioned)
+        self._kept_columns = self.config.kept
 
     def read(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``RecurrentModel.read``: tokens (B, L) → logits (B, V) of the next, the state after."""

@@ -18,7 +18,7 @@ from genssm import training_state
 from genssm.batches import Batch
 from genssm.distributed import World, joined
 from genssm.evaluate import Evaluation, evaluate
-from genssm.model import ModelConfig, SequenceModel
+from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate
 from genssm.preparation import TOKENIZER, kept_tokenizer, load_weights, prepare
 from genssm.recipes import Recipe
@@ -185,14 +185,7 @@ class _Training:
         with world.leader_first():
             self.data = prepare(recipe, data, out, given, validation_limit)
         torch.manual_seed(settings.seed)
-        model = SequenceModel(
-            ModelConfig(
-                vocab_size=self.data.codec.vocab_size,
-                n_outputs=self.data.codec.n_outputs,
-                l_max=settings.length,
-                **recipe.model,
-            )
-        )
+        model = SequenceModel(recipe.model_config(self.data.codec))
         if start is not None and not resumed:
             load_weights(start, model, self.data.codec)
         model.to(world.device)

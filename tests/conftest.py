@@ -27,7 +27,7 @@ DOCUMENTS = (
     "مرحبا بالعالم 😀 😂\n\tdef f(x):\r\n\t\treturn x\n" * 4,
 )
 
-# Small models that between them use every part: taps of tokens, recall, pools, the
+# Small models that between them use every part: taps of tokens, recall, pools, durations, the
 # logistic head with taps and image positions.
 MODELS: dict[str, dict[str, Any]] = {
     "isotropic": {
@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layers": (1, 1, 1),
         "pools": (2, 3),
         "conditioned": True,
+        "durations": (5, 9, 14),
     },
     "image": {
         "vocab_size": 259,
@@ -128,7 +129,7 @@ def codecs(text_codec: Text) -> dict[str, Codec]:
     return {
         "text": text_codec,
         "image": Image(4, 3, 3, labels=("cat", "dog")),
-        "audio": Audio(8000, labels=("one", "two")),
+        "audio": Audio(8000, ("one", "two"), durations=(32, 48, 64)),
     }
 
 
@@ -156,6 +157,7 @@ def make_checkpoint(
             {"text": "isotropic", "image": "image", "audio": "pooled"}[modality],
             vocab_size=codec.vocab_size,
             n_outputs=codec.n_outputs,
+            durations=codec.durations,
         )
         training, metrics = {"steps": 3}, {"test": {"value": 1.5, "unit": codec.unit}}
         return Checkpoint(model, codec, training, metrics)

@@ -40,8 +40,8 @@ def clips(*lengths: int) -> list[Example]:
     ]
 
 
-def stream_of(examples: list[Example]) -> np.ndarray:
-    encoded = [AUDIO.encode(e.raw, e.label).numpy() for e in examples]
+def stream_of(examples: list[Example], codec: Audio = AUDIO) -> np.ndarray:
+    encoded = [codec.encode(e.raw, e.label).numpy() for e in examples]
     return np.concatenate([*encoded, np.zeros(0)]).astype(np.uint16)
 
 
@@ -216,6 +216,28 @@ def test_noise_leaves_what_is_no_sample():
     ends = batch.tokens[:, :-1] >= AUDIO.boundary
     assert bool(ends.any())
     assert torch.equal(batch.read[ends], batch.tokens[:, :-1][ends])
+
+
+def test_durations_are_learned_from_all_clips_and_read_from_most():
+    codec = Audio(8000, AUDIO.labels, durations=(3, 6, 12))
+    lengths = (5, 3, 9, 4, 8, 2, 7, 13)
+    batches = ClipBatches(stream_of(clips(*lengths), codec), codec, 4, 12, seed=0)
+    assert sorted(batches.lengths) == [min(n + 2, 12) for n in sorted(lengths)]
+    read, of_samples = Counter(), [codec.duration(n) for n in lengths]
+    for step in range(200):
+        batch = batches.batch(step)
+        assert batch.read is not None
+        assert batch.weights is not None
+        for tokens, given, weight in zip(batch.tokens, batch.read, batch.weights, strict=True):
+            n = int(weight.count_nonzero())
+            assert weight[:n].tolist() == [ClipBatches.opening, *[1.0] * (n - 1)]
+            clip = [*of_samples].index(int(tokens[1])) if n == 12 else lengths.index(n - 2)
+            assert int(tokens[1]) == of_samples[clip]
+            assert int(given[1]) in (of_samples[clip], codec.boundary)
+            read[int(given[1]) == codec.boundary] += 1
+            assert torch.equal(given[2:], tokens[2:-1])
+            assert int(given[0]) == int(tokens[0])
+    assert 0.05 < read[True] / read.total() < 0.15
 
 
 @pytest.mark.parametrize("n", [0, 1])

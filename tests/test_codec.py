@@ -355,6 +355,26 @@ def test_streamed_sound_joins_to_the_whole(length: int):
     np.testing.assert_array_equal(np.concatenate([np.zeros(0, np.float32), *pieces]), whole)
 
 
+def test_sound_tells_its_duration_after_the_label():
+    codec = Audio(8000, ("one",), durations=(32, 48, 64))
+    assert (codec.n_outputs, codec.vocab_size) == (260, 261)
+    # The nearest by ratio: between 32 and 48 the limit is their geometric mean, 39.2.
+    for length, token in ((0, 257), (1, 257), (39, 257), (40, 258), (56, 259), (900, 259)):
+        wave = np.zeros(length, np.float32)
+        tokens = codec.encode(wave, "one")
+        assert tokens[:2].tolist() == [260, token]
+        assert len(codec.decode(tokens)) == length
+        assert codec.prompt(wave, "one").tolist() == [260, 256, *tokens[2:].tolist()]
+    plain = Audio(8000, ("one",))
+    assert plain.prompt(np.zeros(9), "one").tolist() == plain.encode(np.zeros(9), "one").tolist()
+
+
+@pytest.mark.parametrize("durations", [(0, 5), (-1,), (5, 5), (9, 5)])
+def test_audio_codec_refuses_durations_that_are_none(durations: tuple[int, ...]):
+    with pytest.raises(ValueError, match="the shortest first"):
+        Audio(8000, (), durations)
+
+
 def test_sound_drops_the_boundary_that_ends_it():
     codec = Audio(8000)
     assert codec.decode([256, 128, 200, 256]).shape == (2,)
@@ -412,6 +432,8 @@ def test_codec_is_built_again_from_its_config(modality: str, codecs: dict[str, C
         {"kind": "image", "height": 2},
         {"kind": "image", "height": "2", "width": 2, "channels": 1},
         {"kind": "audio", "rate": 8000, "labels": [], "bits": 8},
+        {"kind": "audio", "rate": 8000, "labels": [], "durations": ["9"]},
+        {"kind": "audio", "rate": 8000, "labels": [], "durations": 9},
     ],
 )
 def test_codec_config_that_fits_no_codec_is_refused(config: dict[str, Any]):

@@ -14,6 +14,7 @@ from genssm.conversion import to_recurrent
 from genssm.layers import StateSpace
 from genssm.model import (
     NOTHING,
+    PARTS,
     Inputs,
     Linear,
     Logistics,
@@ -375,7 +376,7 @@ def test_a_tap_reads_the_value_so_many_before_the_target(make_model: MakeModel):
     for j in range(len(taps)):
         inputs.taps.weight[:, j, j] = 1  # feature j is tap j
     tokens = torch.tensor([[258, *range(10, 250, 12)]])  # a label, then values
-    features, _ = inputs(F.pad(tokens, (inputs.reach, 0), value=-1), 0)
+    features, _ = inputs(F.pad(tokens, (inputs.reach, 0), value=-1), 0, tokens[:, :0])
     for t in range(tokens.shape[1]):
         for j, k in enumerate(taps):
             source = t + 1 - k  # the target stands at t + 1
@@ -392,7 +393,7 @@ def test_image_positions_are_those_of_the_target(position: int, make_model: Make
     for axis, table in enumerate(inputs.positions):
         table[:, axis] = torch.arange(shape[axis]).float()  # feature j is the index on axis j
     window = torch.zeros(1, inputs.reach + 20, dtype=torch.int64)
-    features, _ = inputs(window, position)
+    features, _ = inputs(window, position, window[:, :0])
     for t in range(20):  # position 0 reads the start and predicts the first value
         expected = np.unravel_index(position + t, shape)
         assert features[0, t, :3].tolist() == list(expected)
@@ -405,7 +406,7 @@ def test_weights_of_taps_go_with_the_channel_of_the_target(make_model: MakeModel
     inputs.taps.weight[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0])  # tap 1 by channel
     window = torch.full((1, inputs.reach + 12), 255)
     for position in range(4):
-        features, _ = inputs(window, position)
+        features, _ = inputs(window, position, window[:, :0])
         expected = [1.0 + (position + t) % 3 for t in range(12)]
         assert features[0, :, 0].tolist() == expected
 
@@ -418,7 +419,7 @@ def test_logistic_means_follow_the_prediction_of_their_channel(make_model: MakeM
     inputs.prediction.weight[:, 0, near] = 1
     tokens = torch.tensor([[256, 10, 20, 30, 40, 50, 60]])
     window = F.pad(tokens, (inputs.reach, 0), value=-1)
-    _, prediction = inputs(window, 0)
+    _, prediction = inputs(window, 0, window[:, :0])
     assert prediction is not None
     expected = [0.0, 0.0, 0.0, *(v / 127.5 - 1 for v in (10, 20, 30, 40))]
     assert prediction[0, :, 0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -543,14 +544,50 @@ def test_log_probabilities_have_the_right_gradients(size: int, monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_a_conditioned_model_reads_its_label_at_every_position(make_model: MakeModel):
+def test_a_conditioned_model_reads_its_label_and_the_progress_at_every_position(
+    make_model: MakeModel,
+):
     inputs = make_model("pooled").inputs
-    plain = make_model("pooled", conditioned=False).inputs
-    plain.load_state_dict({n: p for n, p in inputs.state_dict().items() if "condition" not in n})
-    window, first = torch.randint(0, 20, (2, 9)), torch.tensor([[21], [22]])
+    plain = make_model("pooled", conditioned=False, durations=()).inputs
+    added = ("condition", "progress")
+    own = {n: p for n, p in inputs.state_dict().items() if not n.startswith(added)}
+    plain.load_state_dict(own)
+    # Labels are 21, 22; 17, 18, 19 are the durations 5, 9, 14; of 20, "any", it is open.
+    window = torch.randint(0, 20, (3, 9))
+    first = torch.tensor([[21, 18], [22, 17], [22, 20]])
     assert inputs.condition is not None
-    expected = plain(window, 5)[0] + inputs.condition.weight[[21, 22]][:, None]
-    torch.testing.assert_close(inputs(window, 5, first)[0], expected)
+    assert inputs.progress is not None
+    table = inputs.progress.table
+    for rate in (1.0, 0.5):
+        for t in range(9):
+            position = t + 3
+            rows = [
+                min(PARTS, int((position - 1) * rate * PARTS / duration)) for duration in (9, 5)
+            ]
+            expected = (
+                plain(window, 3, first)[0][:, t]
+                + inputs.condition.weight[first].sum(1)
+                + table[[*rows, PARTS + 1]]
+            )
+            torch.testing.assert_close(inputs(window, 3, first, rate)[0][:, t], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rate", [1.0, 0.7])
+def test_a_duration_is_heard_from_where_it_is_read(rate: float, make_model: MakeModel) -> None:
+    model = make_model("pooled")
+    tokens = torch.randint(0, 17, (1, 12))
+    tokens[0, :2] = torch.tensor([21, 17])
+    other = tokens.clone()
+    other[0, 1] = 19
+    differs = (model(tokens, rate) - model(other, rate)).abs().amax(-1)[0] > 1e-4
+    assert differs.tolist() == [False, *[True] * 11]
+    recurrent, stepped = to_recurrent(model, rate), []
+    state = recurrent.initial_state(1)
+    for t in range(12):
+        logits, state = recurrent.step(tokens[:, t], state)
+        stepped.append(logits)
+    torch.testing.assert_close(torch.stack(stepped, 1), model(tokens, rate), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -579,4 +616,4 @@ def test_taps_of_tokens_add_a_row_for_each_earlier_token(make_model: MakeModel):
             expected = expected + inputs.token_taps[0][tokens[:, t - 1]]
         if t >= 3:
             expected = expected + inputs.token_taps[1][tokens[:, t - 3]]
-        torch.testing.assert_close(inputs(window, 0)[0][:, t], expected)
+        torch.testing.assert_close(inputs(window, 0, window[:, :0])[0][:, t], expected)

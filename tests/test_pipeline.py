@@ -80,16 +80,39 @@ def test_more_samples_than_a_batch_holds(
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_the_bits_of_a_sample_are_its_score(pipes: dict[str, Pipeline], modality: str) -> None:
     pipe = pipes[modality]
-    sample = pipe.sample(max_tokens=30, seed=4)[0]
-    tokens = torch.tensor([[pipe.codec.boundary, *sample.tokens]])
+    told = {"duration": 0.004} if modality == "audio" else {}  # 32 samples
+    sample = pipe.sample(max_tokens=30, seed=3, **told)[0]
+    tokens = torch.tensor([[*sample.plan.tokens, *sample.tokens]])
     with torch.no_grad():
-        log_p = pipe.model.log_prob(tokens)
+        log_p = pipe.model.log_prob(tokens)[:, len(sample.plan.tokens) - 1 :]
     assert sample.bits == pytest.approx(-float(log_p.sum()) / np.log(2), rel=1e-4)
     if modality != "text":  # text may be tokenised in another way than it was drawn
         drawn = [t for t in sample.tokens if t != pipe.codec.boundary]
         whole = sum(sample.token_bits[: len(drawn)])
         if modality == "audio":
-            assert pipe.score(sample.raw) == pytest.approx(whole, rel=1e-4)
+            assert len(sample.raw) == 30
+            bits = pipe.token_bits(sample.raw)[1:]  # of the samples
+            assert float(bits.sum()) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_duration_is_drawn_or_told(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["audio"]
+    first = pipe.codec.n_outputs - 3  # of 32, 48 and 64 samples: 4, 6 and 8 ms
+    assert pipe.prompt_tokens("two").tolist() == [pipe.codec.start("two")]
+    for seconds, token in ((0.004, first), (0.0045, first), (0.006, first + 1), (0.008, first + 2)):
+        told = pipe.prompt_tokens("two", duration=seconds).tolist()
+        assert told == [pipe.codec.start("two"), token]
+    clip = np.zeros(9, np.float32)
+    assert int(pipe.prompt_tokens(clip)[1]) == pipe.codec.boundary  # it may go on for long
+    assert int(pipe.prompt_tokens(clip, duration=0.006)[1]) == first + 1
+    assert pipe.sample("two", duration=0.006, seed=1)[0].plan.tokens[1] == first + 1
+    slow = pipe.at_rate(0.5)  # the same seconds are twice as many samples
+    assert slow.codec.durations == (64, 96, 128)
+    assert slow.prompt_tokens("two", duration=0.006).tolist()[1] == first + 1
+    tokens = torch.tensor([[*pipe.prompt_tokens("two", duration=0.006), *range(100, 190)]])
+    _, state = slow.recurrent.prefill(tokens[:, :-1])
+    by_convolution = pipe.model(tokens, 0.5)[:, -1]
+    torch.testing.assert_close(slow.recurrent.step(tokens[:, -1], state)[0], by_convolution)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -336,9 +359,9 @@ def test_rank_keeps_the_fewest_bits_per_token(pipes: dict[str, Pipeline]) -> Non
 def test_rank_by_class_keeps_the_surest(pipes: dict[str, Pipeline], modality: str) -> None:
     pipe = pipes[modality]
     label = pipe.codec.labels[1]
-    drawn = pipe.sample(label, count=6, max_tokens=20, seed=5)
-    ranked = pipe.sample(label, count=2, rank=3, rank_by="class", max_tokens=20, seed=5)
-    by_bits = pipe.sample(label, count=2, rank=3, max_tokens=20, seed=5)
+    drawn = pipe.sample(label, count=6, max_tokens=20, seed=6)
+    ranked = pipe.sample(label, count=2, rank=3, rank_by="class", max_tokens=20, seed=6)
+    by_bits = pipe.sample(label, count=2, rank=3, max_tokens=20, seed=6)
     assert tokens_of(ranked) != tokens_of(by_bits)
     for kept, group in zip(ranked, (drawn[:3], drawn[3:]), strict=True):
         odds = []
@@ -556,6 +579,9 @@ def test_a_recipe_of_another_checkpoint_is_refused(pipes: dict[str, Pipeline]) -
         ("image", {"prompt": np.zeros((4, 3, 3))}, "must be uint8"),
         ("image", {"prompt": np.zeros((4, 3, 3), np.uint8), "keep_rows": 5}, "keep_rows must lie"),
         ("audio", {"prompt": np.array([np.nan])}, "not finite"),
+        ("audio", {"duration": 0.003}, r"must lie in 0.004 … 0.008 seconds, got 0.003"),
+        ("audio", {"duration": float("nan")}, "must lie in"),
+        ("image", {"duration": 1.0}, "knows no durations"),
         ("text", {"guidance": 2.0}, "guidance needs a model with classes"),
         ("image", {"guidance": 2.0}, "guidance needs a class"),
         ("image", {"prompt": "cat", "guidance": np.nan}, "guidance must lie in"),
@@ -582,6 +608,8 @@ def test_a_state_stands_alone(pipes: dict[str, Pipeline]) -> None:
         pipe.sample("cat", state=state)
     with pytest.raises(ValueError, match="give the state alone"):
         pipe.sample(state=state, label="cat")
+    with pytest.raises(ValueError, match="give the state alone"):
+        pipe.sample(state=state, duration=0.006)
     with pytest.raises(ValueError, match="guidance needs the prompt itself"):
         pipe.sample(state=state, guidance=2.0)
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ FACTS = {"genssm": "state", "format_version": "1", "rate": "1.0", "position": "1
 @pytest.fixture(scope="module")
 def pipe(codecs: dict[str, Codec], make_model: MakeModel) -> Pipeline:
     codec = codecs["audio"]
-    model = make_model(
-        "pooled", vocab_size=codec.vocab_size, n_outputs=codec.n_outputs, d_model=(32, 32, 32)
-    )
+    model = make_model("pooled", **sizes(codec), d_model=(32, 32, 32))
     return Pipeline("audio", Checkpoint(model, codec))
+
+
+def sizes(codec: Codec) -> dict[str, Any]:
+    return {name: getattr(codec, name) for name in ("vocab_size", "n_outputs", "durations")}
 
 
 def same(a: Reading, b: Reading) -> bool:
@@ -43,7 +46,7 @@ def test_a_loaded_state_is_the_saved_one(
     kind: str, layer: str, codecs: dict[str, Codec], make_model: MakeModel, tmp_path: Path
 ) -> None:
     codec = codecs["image" if kind == "image" else "audio"]
-    settings = {"vocab_size": codec.vocab_size, "n_outputs": codec.n_outputs}
+    settings = sizes(codec) if kind == "pooled" else sizes(codec) | {"durations": ()}
     pipe = Pipeline("any", Checkpoint(make_model(kind, layer, **settings), codec), engine="eager")
     for tokens in ([258], [258, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]):
         session = pipe.start(codec.labels[1], max_tokens=len(tokens), seed=0)
@@ -84,7 +87,7 @@ def test_a_state_of_another_checkpoint_is_refused(
     pipe.save_state(pipe.read("two"), tmp_path / "a.state")
     weights = {k: v.clone() for k, v in pipe.model.state_dict().items()}
     weights["norm.bias"][0] += 1
-    other = make_model("pooled", vocab_size=259, n_outputs=257, d_model=(32, 32, 32))
+    other = make_model("pooled", **sizes(pipe.codec), d_model=(32, 32, 32))
     other.load_state_dict(weights)
     changed = Pipeline("audio", Checkpoint(other, pipe.codec))
     with pytest.raises(StateError, match="the state of another checkpoint"):

@@ -60,8 +60,8 @@ RECIPES = {
     ),
     "audio": Recipe(
         "audio",
-        {"rate": 8000, "labels": ("low", "high")},
-        {"d_model": (8, 16), "n_layers": (1, 1), "pools": (4,), "d_state": 8},
+        {"rate": 8000, "labels": ("low", "high"), "durations": (40, 60)},
+        {"d_model": (8, 16), "n_layers": (1, 1), "pools": (4,), "d_state": 8, "conditioned": True},
         _TRAIN,
     ),
 }  # fmt: skip
@@ -292,6 +292,24 @@ def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Pat
         torch.testing.assert_close(weight, before.model.state_dict()[name], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="another shape"):
         train(recipe.changed({"d_model": (8,)}), other, tmp_path / "third", start=str(first))
+
+
+def test_what_a_checkpoint_does_not_know_begins_as_what_is_nearest(
+    data: dict[str, Path], tmp_path: Path
+):
+    recipe = RECIPES["audio"].changed({"steps": 1, "durations": (60,)})
+    first = train(recipe, data["audio"], tmp_path / "first")
+    more = {"labels": ("low", "high", "low_man"), "durations": (40, 60), "token_taps": (2,)}
+    still = recipe.changed({"lr": 1e-12, "matrix_lr": 1e-12, **more})
+    second = train(still, data["audio"], tmp_path / "second", start=str(first))
+    before, after = (checkpoints.load(folder).model.state_dict() for folder in (first, second))
+    # Before: 0 … 255, 256 any, 257 of 60 samples, 258 low, 259 high.
+    ids = [*range(257), 256, 257, 258, 259, 258]
+    for name in ("inputs.embedding.weight", "inputs.condition.weight"):
+        torch.testing.assert_close(after[name], before[name][ids], rtol=0, atol=1e-5)
+    for name in ("head.linear.weight", "head.linear.bias"):
+        torch.testing.assert_close(after[name], before[name][ids[:259]], rtol=0, atol=1e-5)
+    assert float(after["inputs.token_taps.0"].abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(

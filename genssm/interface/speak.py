@@ -57,21 +57,27 @@ class Speaker:
         words: str = "407",
         speaker: str = ANY,
         seconds: float = 1.5,
+        duration: float = 0,
         temperature: float = 0.9,
         output_rate: str = "× 1",
         upload: str | None = None,
         seed: float | None = -1,
     ) -> Iterator[Update]:
-        """Say a number digit by digit, or continue a clip."""
+        """Say a number digit by digit, or continue a clip.
+
+        ``duration``: seconds that each sound is to last; 0 leaves it to the model.
+        """
         if output_rate not in RATES:
             raise ValueError(f"the output rate must be one of {', '.join(RATES)}")
         rate = RATES[output_rate]
         codec = self.codec(rate)
         length = within(seconds, 0.1, SECONDS, "the length in seconds")
-        settings = {
+        settings: dict[str, Any] = {
             "temperature": float(within(temperature, 0, 1.5, "temperature")),
             "max_tokens": int(length * codec.rate),
         }
+        if duration != 0:
+            settings["duration"] = float(duration)
         if upload is not None:
             prompts: list[Any] = [heard(uploads.clip(upload, codec, SECONDS), codec)]
         else:
@@ -165,6 +171,10 @@ class Speaker:
                                      height=165, elem_id="speak-upload")  # fmt: skip
                 with gr.Accordion("Settings", open=False):
                     seconds = gr.Slider(0.1, SECONDS, 1.5, step=0.1, label="Longest, in seconds")
+                    duration = gr.Slider(
+                        0, 1, 0, step=0.05, visible=bool(codec.durations),
+                        label="Duration of each, in seconds (0: the model chooses)",
+                    )  # fmt: skip
                     heat = gr.Slider(0, 1.5, 0.9, step=0.01, label="Temperature")
                     rate = gr.Radio(
                         list(RATES),
@@ -181,7 +191,7 @@ class Speaker:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         inputs, outputs = (
-            [words, speaker, seconds, heat, rate, upload, seed],
+            [words, speaker, seconds, duration, heat, rate, upload, seed],
             [save, page, status, spoken],
         )
         go.click(self.speak, inputs, outputs, api_name="speak", **shared)

@@ -135,9 +135,9 @@ class ClipBatches:
     come back from errors of its own. Its standard deviation, in steps of mu-law, is drawn for every
     clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846).
 
-    A tenth of the clips of a codec with durations are read as of open duration. What tells a
-    duration is predicted once a clip and decides all of it, so it counts as much as ``opening``
-    samples.
+    Of the clips of a codec with durations or levels, a twentieth is read with each of them open,
+    and another with all. They are predicted once a clip and decide all of it, so that they count
+    as much as ``opening`` samples.
     """
 
     group = 16  # batches whose clips are sorted by length together
@@ -180,16 +180,15 @@ class ClipBatches:
             tokens[row, 0] = self._start(int(self.stream[begin]), random.random())
             tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
             weights[row, :n] = 1
-            if self.codec.durations:
-                weights[row, 0] = self.opening
-        if not self.noise and not self.codec.durations:
+            weights[row, : self.codec.opening] = self.opening
+        if not self.noise and not self.codec.opening:
             return Batch(tokens, weights)
         read = tokens[:, :-1].clone()
         if self.noise:
             read = self._noisy(read, _random(self.seed, step, 3))
-        if self.codec.durations:
-            chance = _random(self.seed, step, 4).random(self.batch_size)
-            read[torch.from_numpy(chance < 0.1), 1] = self.codec.boundary
+        if n := self.codec.opening:
+            open_ = _random(self.seed, step, 4).random((self.batch_size, n + 1)) < 0.05
+            read[:, 1 : n + 1][torch.from_numpy(open_[:, :n] | open_[:, n:])] = self.codec.boundary
         return Batch(tokens, weights, read)
 
     def _noisy(self, tokens: Tensor, random: np.random.Generator) -> Tensor:

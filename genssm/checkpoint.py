@@ -26,7 +26,7 @@ from genssm.model import ModelConfig, SequenceModel
 
 FORMAT_VERSION = 1
 # What older checkpoints do not set, and did without.
-LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "durations"}
+LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "opening", "durations"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def load(name: str | Path) -> Checkpoint:
         raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
     fits = all(
         getattr(codec, name) == getattr(model.config, name)
-        for name in ("vocab_size", "n_outputs", "durations")
+        for name in ("vocab_size", "n_outputs", "opening", "durations")
     )
     check(fits, "has a codec that does not fit its model")
     expected = model.state_dict()

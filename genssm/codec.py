@@ -34,6 +34,7 @@ class Codec(ABC):
     n_outputs: int
     labels: tuple[str, ...] = ()
     durations: tuple[int, ...] = ()  # of clips, in samples, that have a token
+    levels: tuple[int, ...] = ()  # of clips, in dB, that have a token
 
     @property
     def vocab_size(self) -> int:
@@ -58,6 +59,11 @@ class Codec(ABC):
         """The label of a start token; None for the boundary."""
         i = start - (self.vocab_size - len(self.labels))
         return self.labels[i] if i >= 0 else None
+
+    @property
+    def opening(self) -> int:
+        """Tokens between the start token and the raw values."""
+        return bool(self.durations) + bool(self.levels)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -347,8 +353,9 @@ class _ImageDecoder(Decoder):
 class Audio(Codec):
     """Mono sound as 8-bit mu-law at one sampling rate, ended by the boundary.
 
-    With ``durations``, numbers of samples, the start token is followed by one for the duration
-    that is nearest to the clip's; the boundary in its place leaves it open.
+    The start token is followed by one for the duration that is nearest to the clip's, of
+    ``durations`` in samples, and one for the nearest level, of ``levels`` in dB: the mean square
+    relative to a square wave of full scale. The boundary in their place leaves them open.
     """
 
     modality = "audio"
@@ -356,24 +363,36 @@ class Audio(Codec):
     boundary = 256
 
     def __init__(
-        self, rate: int, labels: Sequence[str] = (), durations: tuple[int, ...] = ()
+        self,
+        rate: int,
+        labels: Sequence[str] = (),
+        durations: tuple[int, ...] = (),
+        levels: tuple[int, ...] = (),
     ) -> None:
         check_rate(rate)
         self.rate = rate
         self.labels = tuple(labels)
-        self.durations = tuple(durations)
+        self.durations, self.levels = tuple(durations), tuple(levels)
         if any(n < 1 for n in self.durations) or sorted(set(self.durations)) != [*self.durations]:
             raise ValueError(
                 f"durations must be numbers of samples, the shortest first; got {self.durations}"
             )
+        if not all(-200 <= n <= 0 for n in self.levels) or sorted(set(levels)) != [*levels]:
+            raise ValueError(f"levels must lie in -200 … 0 dB, the lowest first; got {self.levels}")
 
     @property
     def n_outputs(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.boundary + 1 + len(self.durations)
+        return self.boundary + 1 + len(self.levels) + len(self.durations)
 
     def duration(self, samples: float) -> int:
         """The token of the duration that is nearest by ratio."""
         distances = np.abs(np.log(self.durations) - np.log(max(1, samples)))
+        return self.n_outputs - len(self.durations) + int(distances.argmin())
+
+    def level(self, wave: np.ndarray) -> int:
+        """The token of the level that is nearest to that of sound on [-1, 1]."""
+        power = float(np.square(wave, dtype=np.float64).mean()) if len(wave) else 0.0
+        distances = np.abs(np.array(self.levels) - 10 * np.log10(max(power, 1e-20)))
         return self.boundary + 1 + int(distances.argmin())
 
     def _stand_for_raw(self, ids: np.ndarray) -> np.ndarray:
@@ -409,16 +428,16 @@ class Audio(Codec):
     def encode(self, raw: Raw, label: str | None = None) -> Tensor:
         from torchaudio.functional import mu_law_encoding
 
-        wave = torch.from_numpy(self.waveform(raw))
-        tokens = mu_law_encoding(wave, 256).numpy()
-        if self.durations:
-            tokens = np.insert(tokens, 0, self.duration(len(tokens)))
-        return self._with_start(tokens, label)
+        wave = self.waveform(raw)
+        opening = [self.duration(len(wave))] if self.durations else []
+        if self.levels:
+            opening.append(self.level(wave))
+        tokens = mu_law_encoding(torch.from_numpy(wave), 256).numpy()
+        return self._with_start(np.insert(tokens, 0, opening), label)
 
     def prompt(self, raw: Raw, label: str | None = None) -> Tensor:
         tokens = self.encode(raw, label)
-        if self.durations:
-            tokens[1] = self.boundary  # it goes on, nobody knows how long
+        tokens[1 : 1 + self.opening] = self.boundary  # it goes on, nobody knows how
         return tokens
 
     def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -432,7 +451,10 @@ class Audio(Codec):
 
     def to_config(self) -> dict[str, Any]:
         config = {"kind": "audio", "rate": self.rate, "labels": list(self.labels)}
-        return config | {"durations": list(self.durations)} if self.durations else config
+        for name in ("durations", "levels"):
+            if values := getattr(self, name):
+                config[name] = list(values)
+        return config
 
     def decoder(self) -> Decoder:
         return _AudioDecoder(self)

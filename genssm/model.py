@@ -48,8 +48,9 @@ class ModelConfig:
     recall_slots: int = 4096  # contexts of each order that are remembered
     image_shape: tuple[int, int, int] | None = None  # (rows, columns, channels): learned positions
     conditioned: bool = False  # the first token, a class label, is also added at every position
-    # Lengths that the second token tells, by the last ids predicted: it is added everywhere, too,
-    # and so is the part of the length that has passed.
+    opening: int = 0  # so many tokens behind the label are added at every position, too
+    # Lengths that the first of them tells, by the last ids predicted: the part of the length that
+    # has passed is added, too.
     durations: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +79,9 @@ class ModelConfig:
             (self.head == "softmax" or not self.recall, "recall is for the softmax head"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
-            (self.conditioned or not self.durations, "durations need conditioned"),
+            (self.opening in range(10), "opening in 0 … 9"),
+            (self.conditioned or not self.opening, "an opening needs conditioned"),
+            (self.opening > 0 or not self.durations, "durations need an opening"),
             (min(self.durations, default=1) >= 1, "every duration >= 1"),
             (len(self.durations) < self.n_outputs, "fewer durations than n_outputs"),
         ]
@@ -98,8 +101,8 @@ class ModelConfig:
 
     @property
     def kept(self) -> int:
-        """Tokens at the beginning that a model never forgets: the label, the duration."""
-        return int(self.conditioned) + bool(self.durations)
+        """Tokens at the beginning that a model never forgets: the label and the opening."""
+        return int(self.conditioned) + self.opening
 
     @property
     def channels(self) -> int:
@@ -288,7 +291,7 @@ class Progress(nn.Module):
         return (rate * PARTS / self.durations.double()).float()
 
     def forward(self, duration: Tensor, time: Tensor, rate: float) -> Tensor:
-        """Tokens of durations (B, 1), predicted samples before (B, L) → (B, L, H)."""
+        """Tokens of durations (B, 1), samples before that to predict (B, L) → (B, L, H)."""
         which = duration - self.first
         told = (which >= 0) & (which < len(self.durations))
         pace = self.pace(rate)[which.where(told, 0)].double()
@@ -358,11 +361,15 @@ class Inputs(nn.Module):
         start = position[:, None] if isinstance(position, Tensor) else position
         t = start + torch.arange(length, device=window.device)  # (L,) or (B, L)
         if self.condition is not None:
-            x = x + self.condition(first[:, :1].clamp(min=0))
-        if self.condition is not None and self.progress is not None:
-            duration, time = first[:, 1:], (t - 1).expand(len(first), -1)
-            told = self.condition(duration.clamp(min=0)) + self.progress(duration, time, rate)
-            x = x + told.masked_fill((time < 0)[..., None], 0.0)  # where it is yet to be read
+            told = self.condition(first.clamp(min=0))  # NOTHING, while nothing is read
+            x = x + told[:, :1]
+            for column in range(1, first.shape[1]):
+                added = told[:, column : column + 1]
+                if column == 1 and self.progress is not None:
+                    time = (t - self.config.opening).expand(len(first), -1)
+                    added = added + self.progress(first[:, 1:2], time, rate)
+                unread = (t < column).expand(len(first), -1)
+                x = x + added.masked_fill(unread[..., None], 0.0)
         last = self.reach + 1
         for k, table in zip(self.config.token_taps, self.token_taps, strict=True):
             earlier = window[:, last - k : last - k + length]

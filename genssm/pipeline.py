@@ -749,7 +749,7 @@ def _at_rate(codec: Codec, rate: float) -> Audio:
             f"the rate must be a positive number, a millionth to a million, got {rate}"
         )
     durations = tuple(round(n / rate) for n in codec.durations)
-    return Audio(round(codec.rate / rate), codec.labels, durations)
+    return Audio(round(codec.rate / rate), codec.labels, durations, codec.levels)
 
 
 def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> Pipeline:

@@ -211,12 +211,12 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
 
 def _counterparts(codec: Codec, known: Codec) -> list[int]:
     """For each id of a codec, the id that is most like it among those of another of its kind."""
-    told = [
-        known.n_outputs - len(known.durations) + known.durations.index(n)
-        if n in known.durations
-        else known.boundary
-        for n in codec.durations
-    ]
+    told: list[int] = []
+    pairs = ((codec.levels, known.levels), (codec.durations, known.durations))
+    first = known.n_outputs - sum(len(values) for _, values in pairs)
+    for values, others in pairs:
+        told += [first + others.index(n) if n in others else known.boundary for n in values]
+        first += len(others)
     starts = [known.start(_nearest(label, codec, known)) for label in codec.labels]
     return [*range(codec.vocab_size - len(told) - len(starts)), *told, *starts]
 

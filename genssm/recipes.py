@@ -92,7 +92,7 @@ class TrainConfig:
 # Settings of a model that are numbers in a row: one a level, say.
 _LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
 # Settings of a model that follow from its codec and its training.
-DERIVED = {"vocab_size", "n_outputs", "l_max", "durations"}
+DERIVED = {"vocab_size", "n_outputs", "l_max", "opening", "durations"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class Recipe:
         return ModelConfig(
             vocab_size=codec.vocab_size,
             n_outputs=codec.n_outputs,
+            opening=codec.opening,
             durations=codec.durations,
             l_max=self.train.length,
             **self.model,
@@ -175,6 +176,7 @@ MNIST_TAPS = (
     *range(2 * _UP - 3, 2 * _UP + 4),
     3 * _UP,
 )
+LEVELS = tuple(range(-52, -6, 2))  # dB
 
 
 def durations(shortest: float, longest: float, count: int, rate: int) -> tuple[int, ...]:
@@ -214,7 +216,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": Recipe(
         modality="audio",
-        codec={"rate": 8000, "labels": SPOKEN, "durations": durations(0.125, 1.25, 41, 8000)},
+        codec={
+            "rate": 8000,
+            "labels": SPOKEN,
+            "durations": durations(0.125, 1.25, 41, 8000),
+            "levels": LEVELS,
+        },
         model={
             "d_model": (64, 128, 256),
             "n_layers": (4, 4, 4),
@@ -240,7 +247,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "sc09": Recipe(
         modality="audio",
-        codec={"rate": 16000, "labels": SC09, "durations": durations(0.1, 1.0, 41, 16000)},
+        codec={
+            "rate": 16000,
+            "labels": SC09,
+            "durations": durations(0.1, 1.0, 41, 16000),
+            "levels": LEVELS,
+        },
         model={
             "d_model": (64, 128, 256),
             "n_layers": (4, 4, 4),

@@ -865,17 +865,18 @@ def add_token(history, column, work, target, width, constants, table):
 
 @njit(**_OPTIONS)
 def add_progress(
-    history, positions, t, first, count, parts, work, target, width, constants, pace, table
+    history, positions, t, opening, first, count, parts, work, target, width, constants, pace, table
 ):  # fmt: skip
     """Add the embedding of the part of its clip that a row has come to; see model.Progress.
 
+    ``opening``: tokens between the first and the samples.
     ``pace``: parts a token for each of ``count`` durations, whose ids begin at ``first``.
     ``table``: ``parts`` embeddings, one for what comes after the clip, one for open durations.
     """
     for row in range(history.shape[0]):
-        time = positions[row] + t - 1
-        if time < 0:
+        if history[row, 1] < 0:
             continue
+        time = max(0, positions[row] + t - opening)
         which = history[row, 1] - first
         part = parts + 1
         if 0 <= which < count:
@@ -961,9 +962,11 @@ def serially(
         gather_taps(work, y, width, history, taps, x, constants, table, phase)
     elif code == POSITION:  # size, extra, more: rows, columns, channels
         add_position(positions, t, size, extra, more, work, y, width, constants, table)
-    elif code == PROGRESS:  # size: the first duration's id; extra: how many; more: parts
-        add_progress(history, positions, t, size, extra, more, work, y, width, constants, last,
-                     table)  # fmt: skip
+    elif (
+        code == PROGRESS
+    ):  # source: opening; size: the first duration's id; extra: how many; more: parts
+        add_progress(history, positions, t, x // batch, size, extra, more, work, y, width,
+                     constants, last, table)  # fmt: skip
     elif code == RECALL:  # table: order; size: values; extra: region of the table; more: its slots
         recall(history, table, words, extra * batch, more, size, work, x + last, y, width)
     else:  # LOGISTICS; size: values; extra: the prediction; more: mixtures

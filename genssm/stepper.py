@@ -374,7 +374,7 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
         place = program.constant(np.pad(_numpy(inputs.progress.table), padding))
         pace = program.constant(program.features(_numpy(inputs.progress.pace(model.rate))))
         program.emit(
-            simd.PROGRESS, 0, x, width, place, size=inputs.progress.first,
+            simd.PROGRESS, model.config.opening, x, width, place, size=inputs.progress.first,
             extra=len(inputs.progress.durations), more=PARTS, last=pace,
         )  # fmt: skip
     prediction = program.reserve(32)

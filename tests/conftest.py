@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layers": (1, 1, 1),
         "pools": (2, 3),
         "conditioned": True,
+        "opening": 2,
         "durations": (5, 9, 14),
     },
     "image": {
@@ -129,7 +130,7 @@ def codecs(text_codec: Text) -> dict[str, Codec]:
     return {
         "text": text_codec,
         "image": Image(4, 3, 3, labels=("cat", "dog")),
-        "audio": Audio(8000, ("one", "two"), durations=(32, 48, 64)),
+        "audio": Audio(8000, ("one", "two"), (32, 48, 64), (-40, -20)),
     }
 
 
@@ -157,6 +158,7 @@ def make_checkpoint(
             {"text": "isotropic", "image": "image", "audio": "pooled"}[modality],
             vocab_size=codec.vocab_size,
             n_outputs=codec.n_outputs,
+            opening=codec.opening,
             durations=codec.durations,
         )
         training, metrics = {"steps": 3}, {"test": {"value": 1.5, "unit": codec.unit}}

@@ -218,26 +218,33 @@ def test_noise_leaves_what_is_no_sample():
     assert torch.equal(batch.read[ends], batch.tokens[:, :-1][ends])
 
 
-def test_durations_are_learned_from_all_clips_and_read_from_most():
-    codec = Audio(8000, AUDIO.labels, durations=(3, 6, 12))
-    lengths = (5, 3, 9, 4, 8, 2, 7, 13)
-    batches = ClipBatches(stream_of(clips(*lengths), codec), codec, 4, 12, seed=0)
-    assert sorted(batches.lengths) == [min(n + 2, 12) for n in sorted(lengths)]
-    read, of_samples = Counter(), [codec.duration(n) for n in lengths]
-    for step in range(200):
+def test_the_opening_is_learned_from_all_clips_and_read_from_most():
+    codec = Audio(8000, AUDIO.labels, (3, 6, 12), levels=(-18, -10, -2))
+    examples = clips(5, 3, 9, 4, 8, 2, 7, 13)  # the last is cut
+    batches = ClipBatches(stream_of(examples, codec), codec, 4, 12, seed=0)
+    assert sorted(batches.lengths) == sorted(min(len(e.raw) + 3, 12) for e in examples)
+    told = {tuple(t[3:13]): tuple(t[1:3]) for t in (codec.encode(e.raw).tolist() for e in examples)}
+    assert len(set(told.values())) > 4
+    read: Counter[tuple[bool, ...]] = Counter()
+    for step in range(400):
         batch = batches.batch(step)
         assert batch.read is not None
         assert batch.weights is not None
         for tokens, given, weight in zip(batch.tokens, batch.read, batch.weights, strict=True):
             n = int(weight.count_nonzero())
-            assert weight[:n].tolist() == [ClipBatches.opening, *[1.0] * (n - 1)]
-            clip = [*of_samples].index(int(tokens[1])) if n == 12 else lengths.index(n - 2)
-            assert int(tokens[1]) == of_samples[clip]
-            assert int(given[1]) in (of_samples[clip], codec.boundary)
-            read[int(given[1]) == codec.boundary] += 1
-            assert torch.equal(given[2:], tokens[2:-1])
+            assert weight[:n].tolist() == [ClipBatches.opening] * 2 + [1.0] * (n - 2)
+            ended = int(tokens[n] == codec.boundary)
+            opening = told[tuple(tokens[3 : n + 1 - ended].tolist())]
+            assert tuple(tokens[1:3].tolist()) == opening
+            is_open = given[1:3] == codec.boundary
+            assert torch.equal(given[1:3][~is_open], tokens[1:3][~is_open])
+            assert torch.equal(given[3:], tokens[3:-1])
             assert int(given[0]) == int(tokens[0])
-    assert 0.05 < read[True] / read.total() < 0.15
+            read[tuple(is_open.tolist())] += 1
+    total = read.total()
+    assert 0.02 < read[True, False] / total < 0.08
+    assert 0.02 < read[False, True] / total < 0.08
+    assert 0.03 < read[True, True] / total < 0.08
 
 
 @pytest.mark.parametrize("n", [0, 1])

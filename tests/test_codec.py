@@ -369,6 +369,26 @@ def test_sound_tells_its_duration_after_the_label():
     assert plain.prompt(np.zeros(9), "one").tolist() == plain.encode(np.zeros(9), "one").tolist()
 
 
+def test_sound_tells_its_level_after_its_duration():
+    codec = Audio(8000, ("one",), (32, 48), levels=(-60, -40, -20))
+    assert (codec.opening, codec.n_outputs, codec.vocab_size) == (2, 262, 263)
+    # Levels are 257 … 259, durations 260 and 261.
+    for amplitude, token in ((0.0, 257), (0.003, 257), (0.004, 258), (0.03, 258), (0.04, 259)):
+        wave = amplitude * np.array([1, -1] * 16, np.float32)
+        tokens = codec.encode(wave, "one")
+        assert tokens[:3].tolist() == [262, 260, token]
+        assert codec.prompt(wave, "one")[:3].tolist() == [262, 256, 256]
+        assert len(codec.decode(tokens)) == 32
+    assert codec.encode(np.zeros(0, np.float32)).tolist() == [256, 260, 257]
+    assert Audio(8000, levels=(-60, -20)).encode(np.ones(3, np.float32))[:2].tolist() == [256, 258]
+
+
+@pytest.mark.parametrize("levels", [(5,), (-300,), (-20, -20), (-10, -20)])
+def test_audio_codec_refuses_levels_that_are_none(levels: tuple[int, ...]):
+    with pytest.raises(ValueError, match="the lowest first"):
+        Audio(8000, (), (), levels)
+
+
 @pytest.mark.parametrize("durations", [(0, 5), (-1,), (5, 5), (9, 5)])
 def test_audio_codec_refuses_durations_that_are_none(durations: tuple[int, ...]):
     with pytest.raises(ValueError, match="the shortest first"):

@@ -544,50 +544,50 @@ def test_log_probabilities_have_the_right_gradients(size: int, monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_a_conditioned_model_reads_its_label_and_the_progress_at_every_position(
-    make_model: MakeModel,
-):
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.7])
+def test_a_conditioned_model_reads_its_opening_at_every_position(
+    rate: float, make_model: MakeModel
+) -> None:
     inputs = make_model("pooled").inputs
-    plain = make_model("pooled", conditioned=False, durations=()).inputs
-    added = ("condition", "progress")
-    own = {n: p for n, p in inputs.state_dict().items() if not n.startswith(added)}
-    plain.load_state_dict(own)
-    # Labels are 21, 22; 17, 18, 19 are the durations 5, 9, 14; of 20, "any", it is open.
-    window = torch.randint(0, 20, (3, 9))
-    first = torch.tensor([[21, 18], [22, 17], [22, 20]])
+    plain = make_model("pooled", conditioned=False, opening=0, durations=()).inputs
+    own = plain.state_dict().keys()
+    plain.load_state_dict({n: p for n, p in inputs.state_dict().items() if n in own})
+    # Labels are 21, 22; 17, 18, 19 are the durations 5, 9, 14; of 20, "any", it is open. The level
+    # is any other token.
+    first = torch.tensor([[21, 18, 3], [22, 17, 20], [22, 20, 4]])
+    window = torch.cat([first, torch.randint(0, 17, (3, 9))], 1)
     assert inputs.condition is not None
     assert inputs.progress is not None
-    table = inputs.progress.table
-    for rate in (1.0, 0.5):
-        for t in range(9):
-            position = t + 3
-            rows = [
-                min(PARTS, int((position - 1) * rate * PARTS / duration)) for duration in (9, 5)
-            ]
-            expected = (
-                plain(window, 3, first)[0][:, t]
-                + inputs.condition.weight[first].sum(1)
-                + table[[*rows, PARTS + 1]]
-            )
-            torch.testing.assert_close(inputs(window, 3, first, rate)[0][:, t], expected)
+    features = inputs(window, 0, first, rate)[0]
+    for t in range(12):
+        expected = plain(window, 0, window[:, :0])[0][:, t]
+        expected = expected + inputs.condition.weight[first[:, : t + 1]].sum(1)
+        passed = max(0, t - 2)  # samples before the one that is predicted
+        rows = [min(PARTS, int(passed * rate * PARTS / n)) for n in (9, 5)]
+        if t >= 1:
+            expected = expected + inputs.progress.table[[*rows, PARTS + 1]]
+        torch.testing.assert_close(features[:, t], expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rate", [1.0, 0.7])
-def test_a_duration_is_heard_from_where_it_is_read(rate: float, make_model: MakeModel) -> None:
+def test_an_opening_is_heard_from_where_it_is_read(rate: float, make_model: MakeModel) -> None:
     model = make_model("pooled")
     tokens = torch.randint(0, 17, (1, 12))
-    tokens[0, :2] = torch.tensor([21, 17])
-    other = tokens.clone()
-    other[0, 1] = 19
-    differs = (model(tokens, rate) - model(other, rate)).abs().amax(-1)[0] > 1e-4
-    assert differs.tolist() == [False, *[True] * 11]
+    tokens[0, :3] = torch.tensor([21, 17, 3])
+    for column, other in ((1, 19), (2, 5)):
+        changed = tokens.clone()
+        changed[0, column] = other
+        differs = (model(tokens, rate) - model(changed, rate)).abs().amax(-1)[0] > 1e-4
+        assert differs.tolist() == [False] * column + [True] * (12 - column)
     recurrent, stepped = to_recurrent(model, rate), []
     state = recurrent.initial_state(1)
     for t in range(12):
         logits, state = recurrent.step(tokens[:, t], state)
         stepped.append(logits)
     torch.testing.assert_close(torch.stack(stepped, 1), model(tokens, rate), rtol=1e-4, atol=1e-5)
+    remembered, _ = recurrent.remembered(tokens)
+    assert torch.equal(remembered, state.history)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ def pipe(codecs: dict[str, Codec], make_model: MakeModel) -> Pipeline:
 
 
 def sizes(codec: Codec) -> dict[str, Any]:
-    return {name: getattr(codec, name) for name in ("vocab_size", "n_outputs", "durations")}
+    names = ("vocab_size", "n_outputs", "opening", "durations")
+    return {name: getattr(codec, name) for name in names}
 
 
 def same(a: Reading, b: Reading) -> bool:
@@ -46,7 +47,7 @@ def test_a_loaded_state_is_the_saved_one(
     kind: str, layer: str, codecs: dict[str, Codec], make_model: MakeModel, tmp_path: Path
 ) -> None:
     codec = codecs["image" if kind == "image" else "audio"]
-    settings = sizes(codec) if kind == "pooled" else sizes(codec) | {"durations": ()}
+    settings = sizes(codec) if kind == "pooled" else sizes(codec) | {"opening": 0, "durations": ()}
     pipe = Pipeline("any", Checkpoint(make_model(kind, layer, **settings), codec), engine="eager")
     for tokens in ([258], [258, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]):
         session = pipe.start(codec.labels[1], max_tokens=len(tokens), seed=0)

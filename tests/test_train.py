@@ -60,7 +60,7 @@ RECIPES = {
     ),
     "audio": Recipe(
         "audio",
-        {"rate": 8000, "labels": ("low", "high"), "durations": (40, 60)},
+        {"rate": 8000, "labels": ("low", "high"), "durations": (40, 60), "levels": (-30, -9)},
         {"d_model": (8, 16), "n_layers": (1, 1), "pools": (4,), "d_state": 8, "conditioned": True},
         _TRAIN,
     ),
@@ -297,18 +297,19 @@ def test_training_starts_from_a_checkpoint_and_its_tokenizer(data: dict[str, Pat
 def test_what_a_checkpoint_does_not_know_begins_as_what_is_nearest(
     data: dict[str, Path], tmp_path: Path
 ):
-    recipe = RECIPES["audio"].changed({"steps": 1, "durations": (60,)})
+    recipe = RECIPES["audio"].changed({"steps": 1, "durations": (60,), "levels": (-9,)})
     first = train(recipe, data["audio"], tmp_path / "first")
-    more = {"labels": ("low", "high", "low_man"), "durations": (40, 60), "token_taps": (2,)}
+    more: dict[str, Any] = {"durations": (40, 60), "levels": (-30, -9), "token_taps": (2,)}
+    more["labels"] = ("low", "high", "low_man")
     still = recipe.changed({"lr": 1e-12, "matrix_lr": 1e-12, **more})
     second = train(still, data["audio"], tmp_path / "second", start=str(first))
     before, after = (checkpoints.load(folder).model.state_dict() for folder in (first, second))
-    # Before: 0 … 255, 256 any, 257 of 60 samples, 258 low, 259 high.
-    ids = [*range(257), 256, 257, 258, 259, 258]
+    # Before: 0 … 255, 256 any, 257 of -9 dB, 258 of 60 samples, 259 low, 260 high.
+    ids = [*range(257), 256, 257, 256, 258, 259, 260, 259]
     for name in ("inputs.embedding.weight", "inputs.condition.weight"):
         torch.testing.assert_close(after[name], before[name][ids], rtol=0, atol=1e-5)
     for name in ("head.linear.weight", "head.linear.bias"):
-        torch.testing.assert_close(after[name], before[name][ids[:259]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(after[name], before[name][ids[:261]], rtol=0, atol=1e-5)
     assert float(after["inputs.token_taps.0"].abs().max()) < 1e-5
 
 
@@ -486,9 +487,9 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(
 
 
 def test_clips_that_do_not_fit_are_counted(data: dict[str, Path], tmp_path: Path):
-    """Lengths of 30 … 36 samples, by turns, and the end."""
+    """Lengths of 30 … 36 samples, by turns, their opening of two tokens and the end."""
     recipe = RECIPES["audio"].changed({"length": 33})
-    with pytest.warns(UserWarning, match="22 of 40 clips are longer than length, 33 tokens"):
+    with pytest.warns(UserWarning, match="34 of 40 clips are longer than length, 33 tokens"):
         prepare(recipe, data["audio"], tmp_path / "out", None, None)
 
 

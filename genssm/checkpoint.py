@@ -25,7 +25,7 @@ from genssm.codec import Codec, Text, codec_from_config
 from genssm.model import ModelConfig, SequenceModel
 
 FORMAT_VERSION = 1
-# What older checkpoints do not set, and did without.
+# What older checkpoints do not set, and did without: at their defaults these change nothing.
 LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "opening", "durations"}
 
 
@@ -157,8 +157,11 @@ def load(name: str | Path) -> Checkpoint:
         known = {f.name for f in fields(ModelConfig)}
         exact = set(config["model"]) | LATER_SETTINGS == known
         check(exact, f"must set exactly {', '.join(sorted(known))}")
-        model = SequenceModel(ModelConfig(**config["model"]))
+        settings = ModelConfig(**config["model"])
         tensors = load_file(folder / "model.safetensors")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        check(_least_weights(settings) <= count, "has fewer weights than its config says")
+        model = SequenceModel(settings)
     except CheckpointError:
         raise
     except SafetensorError as error:
@@ -188,6 +191,24 @@ def load(name: str | Path) -> Checkpoint:
     return Checkpoint(model.eval(), codec, config["training"], config["metrics"], tuple(probe))
 
 
+def _least_weights(config: ModelConfig) -> int:
+    """Weights that a model of these settings has at least: a small file must not fill the memory.
+
+    A part of them, which grows with every setting.
+    """
+    channels = config.layer_settings.get("channels")
+    channels = channels if isinstance(channels, int) else 1
+    rows = config.vocab_size * (1 + len(config.token_taps)) + sum(config.image_shape or ())
+    rows += len(config.taps) + len(config.recall)
+    weights = config.d_model[0] * rows
+    for level, (d_model, blocks) in enumerate(zip(config.d_model, config.n_layers, strict=True)):
+        inputs = channels * (d_model + config.d_state) + config.expand * d_model
+        weights += blocks * d_model * inputs
+        if level < len(config.pools):
+            weights += config.pools[level] * d_model * config.d_model[level + 1]
+    return weights
+
+
 def storage_dtypes(model: SequenceModel) -> dict[str, torch.dtype]:
     """bfloat16 for linear and embedding matrices; float32 for norms, biases and the dynamics."""
     halved = {
@@ -215,6 +236,8 @@ def content_hash(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     config = checkpoint.to_config()
     parts = {key: config[key] for key in ("format_version", "codec", "model")}
+    defaults = {f.name: f.default for f in fields(ModelConfig) if f.name in LATER_SETTINGS}
+    parts["model"] = {k: v for k, v in parts["model"].items() if v != defaults.get(k, ...)}
     digest.update(json.dumps(parts, sort_keys=True).encode())
     if isinstance(checkpoint.codec, Text):
         digest.update(hashlib.sha256(checkpoint.codec.tokenizer).digest())

@@ -757,13 +757,10 @@ def load(
     """Measure the page: simulated visitors on three tabs, their waiting time, the memory."""
     _require_gradio()
     from genssm.app_benchmark import benchmark_app, measure_cold_start
-    from genssm.checkpoint import replace_file
 
     _check_new(out, force)
     facts = measure_cold_start(_say) if cold else benchmark_app(visitors, seconds, _say)
-    if out is not None:
-        text = json.dumps(facts, indent=1) + "\n"
-        replace_file(out, lambda file: file.write_text(text))
+    _write_facts(out, facts)
 
 
 @benchmark.command()
@@ -780,16 +777,13 @@ def layers(
     import torch
 
     from genssm.benchmark import benchmark_layers
-    from genssm.checkpoint import replace_file
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"there is no device {device!r} here; known: cpu, and cuda with a GPU")
     _check_new(out, force)
     torch.set_flush_denormal(True)
     facts = benchmark_layers(device, small, _say)
-    if out is not None:
-        text = json.dumps(facts, indent=1) + "\n"
-        replace_file(out, lambda file: file.write_text(text))
+    _write_facts(out, facts)
 
 
 @benchmark.command()
@@ -821,9 +815,7 @@ def sampling(
     facts = sampling_benchmark.benchmark_sampling(small, _say)
     if torch.cuda.is_available():
         facts["cuda"] = cuda_benchmark.benchmark_cuda(torch.device("cuda"), small, _say)
-    if out is not None:
-        text = json.dumps(facts, indent=1) + "\n"
-        replace_file(out, lambda file: file.write_text(text))
+    _write_facts(out, facts)
     if plot is not None:
         replace_file(plot, lambda file: sampling_benchmark.plot(facts, file))
 
@@ -848,13 +840,19 @@ def quality(
     """Train a recipe and a GPT-2 of its size on the same tokens; measure both."""
     import torch
 
-    from genssm.checkpoint import replace_file
     from genssm.quality_benchmark import benchmark_quality
 
     _check_new(out, force)
     chosen = _recipe(recipe, settings or [])
     torch.set_flush_denormal(True)
     facts = benchmark_quality(chosen, data, work, steps, _say)
+    _write_facts(out, facts)
+
+
+def _write_facts(out: Path | None, facts: dict[str, Any]) -> None:
+    """As JSON, where that is wanted."""
+    from genssm.checkpoint import replace_file
+
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(out, lambda file: file.write_text(text))

@@ -68,7 +68,7 @@ class ModelConfig:
             (all(p >= 2 for p in self.pools), "every pool >= 2"),
             (self.layer in LAYERS, f"layer is one of {', '.join(LAYERS)}"),
             (self.head in HEADS, f"head is one of {', '.join(HEADS)}"),
-            (self.d_state >= 2 and self.d_state % 2 == 0, "d_state is even and >= 2"),
+            (self.d_state in range(2, 2049, 2), "d_state is 2, 4, … 2048"),
             (self.l_max >= 1, "l_max >= 1"),
             (0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max"),
             (self.expand >= 1, "expand >= 1"),

@@ -248,9 +248,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "probe of words": (edited(lambda c: c.update(probe=["a"])), "section 'probe'"),
     "setting missing": (edited(lambda c: c["model"].pop("d_state")), "must set exactly"),
     "setting unknown": (edited(lambda c: c["model"].update(heads=4)), "must set exactly"),
-    "setting impossible": (edited(lambda c: c["model"].update(d_state=3)), "d_state is even"),
+    "setting impossible": (edited(lambda c: c["model"].update(d_state=3)), "d_state is 2, 4"),
     "setting of another type": (edited(lambda c: c["model"].update(d_model="12")), "not usable"),
-    "setting too large": (edited(lambda c: c["model"].update(d_model=[2**40])), "not usable"),
+    **{
+        f"{name} too large": (edited(lambda c, s=s: c["model"].update(s)), "fewer weights than")
+        for name, s in {
+            "width": {"d_model": [2**40]},
+            "number of blocks": {"n_layers": [2**20]},
+            "state": {"d_model": [2**10], "d_state": 2048},
+            "vocabulary": {"vocab_size": 2**30},
+            "feed-forward part": {"expand": 2**20},
+            "pool": {"d_model": [12, 12], "n_layers": [1, 1], "pools": [2**20]},
+            "picture": {"image_shape": [2**30, 1, 1]},
+            "number of outputs": {"layer_settings": {"channels": 2**20}},
+            "number of taps": {"taps": [1] * 2**15},
+        }.items()
+    },
     "codec unknown": (edited(lambda c: c["codec"].update(kind="video")), "unknown codec"),
     "codec of another kind": (
         edited(lambda c: c.update(codec={"kind": "audio", "rate": 8000, "labels": []})),

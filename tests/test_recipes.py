@@ -79,7 +79,7 @@ def test_one_number_stands_for_a_tuple_of_one():
         ("n_layers=2,2", "one entry a level"),
         ("pools=4", "one entry a level"),
         ("layer=s5", "layer is one of lssl, s4,"),
-        ("d_state=7", "d_state is even"),
+        ("d_state=7", "d_state is 2, 4"),
     ],
 )
 def test_settings_that_no_model_can_have_are_refused_at_once(pair: str, message: str):

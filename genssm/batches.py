@@ -133,7 +133,8 @@ class ClipBatches:
 
     With ``noise``, what a model reads is noisy and what it predicts is not, so that it learns to
     come back from errors of its own. Its standard deviation, in steps of mu-law, is drawn for every
-    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846).
+    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846). With ``fade``, a part of half of
+    the clips is read louder or quieter than it is, by up to so many dB.
 
     Of the clips of a codec with durations or levels, a twentieth is read with each of them open,
     and another with all. They are predicted once a clip and decide all of it, so that they count
@@ -151,9 +152,10 @@ class ClipBatches:
         length: int,
         seed: int,
         noise: float = 0.0,
+        fade: float = 0.0,
     ) -> None:
         self.stream, self.codec, self.batch_size, self.seed = stream, codec, batch_size, seed
-        self.noise = noise
+        self.noise, self.fade = noise, fade
         self.begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
         ends = np.append(self.begins[1:], len(stream))
         self.lengths = np.minimum(ends - self.begins, length)  # samples and the end, if it fits
@@ -181,15 +183,28 @@ class ClipBatches:
             tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
             weights[row, :n] = 1
             weights[row, : self.codec.opening] = self.opening
-        if not self.noise and not self.codec.opening:
+        if not (self.noise or self.fade or self.codec.opening):
             return Batch(tokens, weights)
         read = tokens[:, :-1].clone()
+        if self.fade:
+            lengths = weights.count_nonzero(1)
+            read = self._faded(read, lengths.numpy(), _random(self.seed, step, 5))
         if self.noise:
             read = self._noisy(read, _random(self.seed, step, 3))
         if n := self.codec.opening:
             open_ = _random(self.seed, step, 4).random((self.batch_size, n + 1)) < 0.05
             read[:, 1 : n + 1][torch.from_numpy(open_[:, :n] | open_[:, n:])] = self.codec.boundary
         return Batch(tokens, weights, read)
+
+    def _faded(self, tokens: Tensor, lengths: np.ndarray, random: np.random.Generator) -> Tensor:
+        """Tokens (B, L), of which samples in a part of every other row are louder or quieter."""
+        ends = np.sort(random.random((len(tokens), 2)), 1) * lengths[:, None]
+        gain = 10 ** (random.uniform(-self.fade, self.fade, len(tokens)) / 20)
+        gain[random.random(len(tokens)) < 0.5] = 1.0
+        time = np.arange(tokens.shape[1])
+        inside = (time >= ends[:, :1]) & (time < ends[:, 1:]) & (gain != 1)[:, None]
+        faded = self.codec.scaled(tokens, torch.from_numpy(gain)[:, None])
+        return torch.where(torch.from_numpy(inside), faded, tokens)
 
     def _noisy(self, tokens: Tensor, random: np.random.Generator) -> Tensor:
         """Tokens (B, L), of which samples are off; labels and boundaries are not."""

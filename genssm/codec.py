@@ -435,6 +435,14 @@ class Audio(Codec):
         tokens = mu_law_encoding(torch.from_numpy(wave), 256).numpy()
         return self._with_start(np.insert(tokens, 0, opening), label)
 
+    def scaled(self, tokens: Tensor, gain: Tensor) -> Tensor:
+        """Tokens whose samples are ``gain`` times as loud, or as loud as can be."""
+        from torchaudio.functional import mu_law_decoding, mu_law_encoding
+
+        samples = tokens < self.boundary
+        wave = mu_law_decoding(tokens.where(samples, 0), 256) * gain.float()
+        return mu_law_encoding(wave.clamp(-1, 1), 256).where(samples, tokens)
+
     def prompt(self, raw: Raw, label: str | None = None) -> Tensor:
         tokens = self.encode(raw, label)
         tokens[1 : 1 + self.opening] = self.boundary  # it goes on, nobody knows how

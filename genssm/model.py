@@ -617,14 +617,19 @@ def _window(
 ) -> tuple[Tensor, Tensor]:
     """The first tokens of the sequence (B, kept), and tokens (B, L) behind the last in ``history``.
 
-    The first of the tokens stands at ``position``, an integer or (B,) integers.
+    The first of the tokens stands at ``position``, an integer or (B,) integers. What ``history``
+    holds at the place of one of them is read instead of it: see ``RecurrentModel.foretold``.
     """
     first, length = history[:, :kept], tokens.shape[1]
     if kept and length:
         start = position[:, None] if isinstance(position, Tensor) else position
         place = (torch.arange(kept, device=tokens.device) - start).expand(len(tokens), -1)
         now = tokens.gather(1, place.clamp(0, length - 1))  # those that are among these
-        first = torch.where((place >= 0) & (place < length), now, first)
+        new = (first == NOTHING) & (place >= 0) & (place < length)
+        first = torch.where(new, now, first)
+        t = start + torch.arange(length, device=tokens.device)
+        for column in range(kept):
+            tokens = torch.where(t == column, first[:, column : column + 1], tokens)
     return first, torch.cat([history[:, kept:], tokens], 1)
 
 
@@ -810,6 +815,16 @@ class RecurrentModel(nn.Module):
         history = self.inputs.history(batch, device)
         recall = self.recall.empty(batch, device)
         return State(torch.tensor(0), history, recall, self.stack.initial_state(batch))
+
+    def foretold(self, state: State, token: int) -> State:
+        """The state in which the rest of the opening is this token, whatever will be read.
+
+        So a stream reads it as open while another one, drawn together with it, is told.
+        """
+        kept, history = self.config.kept, state.history.clone()
+        first = history[:, :kept]
+        first[first == NOTHING] = token
+        return state._replace(history=history)
 
     def state_bytes(self) -> int:
         """Bytes of the state of one sequence, whatever its length."""

@@ -510,8 +510,7 @@ class Pipeline:
             )
         guide = None
         if plan.guidance != 1:
-            unconditional = (self.codec.boundary, *plan.tokens[1:])
-            guide = read(self.recurrent, torch.tensor(unconditional))
+            guide = self._unconditional(plan.tokens)
         size = self.side_by_side
         parts = (
             replace(plan, indices=plan.indices[i : i + size])
@@ -523,6 +522,13 @@ class Pipeline:
             )
             for part in parts
         )
+
+    def _unconditional(self, tokens: Sequence[int]) -> Reading:
+        """A prompt, read without its class and with its opening open, also what is yet to come."""
+        begin = 1 + self.codec.opening
+        open_ = [self.codec.boundary] * len(tokens[:begin])
+        guide = read(self.recurrent, torch.tensor([*open_, *tokens[begin:]]))
+        return replace(guide, state=self.recurrent.foretold(guide.state, self.codec.boundary))
 
     def recipe(self, samples: Sequence[Sample], prompt: str | None = None) -> Recipe | None:
         """How to make these samples of one plan again; ``prompt`` is a note for people.

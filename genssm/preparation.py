@@ -104,8 +104,9 @@ def _batches(
         codec.vocab_size,
     )
     batches = ClipBatches(
-        stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise
-    )
+        stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise,
+        settings.fade,
+    )  # fmt: skip
     if cut := int((~batches.ended).sum()):
         warnings.warn(
             f"{cut} of {len(batches.ended)} clips are longer than length, {settings.length} tokens:"

@@ -50,6 +50,7 @@ class TrainConfig:
     ema: float = 0.0  # keep this much of the averaged weights a step; 0: no averaging
     flip: bool = False  # mirror half of the pictures
     noise: float = 0.0  # sound is read with noise of up to so many steps of mu-law
+    fade: float = 0.0  # a part of half of the clips is read off by up to so many dB
     cut_documents: bool = False  # a window of text ends where its document does
     on_corrupt: str = "stop"  # at a file that is not readable; or "skip" it
     compile: bool = False  # torch.compile what follows each layer
@@ -63,7 +64,7 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "noise", "seed"):
+        for name in ("weight_decay", "warmup", "noise", "fade", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("decay", "grow"):
@@ -106,7 +107,8 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name, modality in (("flip", "image"), ("cut_documents", "text"), ("noise", "audio")):
+        of = {"flip": "image", "cut_documents": "text", "noise": "audio", "fade": "audio"}
+        for name, modality in of.items():
             if getattr(self.train, name) and self.modality != modality:
                 raise ValueError(
                     f"{name} is for {modality}, the recipe is for {self.modality}; leave it out"

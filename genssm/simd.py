@@ -833,15 +833,17 @@ def embed(tokens, t, reads, history, kept, positions, work, target, width, const
     """The rows of the embedding; the token joins the history, the oldest leaves it.
 
     Row r reads the token of sample reads[r]. ``kept`` columns of the history before it hold the
-    first tokens.
+    first tokens; one that is there already is read instead, see ``RecurrentModel.foretold``.
     """
     for row in range(history.shape[0]):
         for k in range(kept + 1, history.shape[1]):
             history[row, k - 1] = history[row, k]
-        token = tokens[reads[row], t]
+        token, place = tokens[reads[row], t], positions[row] + t
+        if place < kept:
+            if history[row, place] >= 0:
+                token = history[row, place]
+            history[row, place] = token
         history[row, -1] = token
-        if positions[row] + t < kept:
-            history[row, positions[row] + t] = token
         for i in range(0, width, LANES):
             store(work, target + row * width + i, load(constants, table + token * width + i))
 

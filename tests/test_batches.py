@@ -218,6 +218,28 @@ def test_noise_leaves_what_is_no_sample():
     assert torch.equal(batch.read[ends], batch.tokens[:, :-1][ends])
 
 
+def test_a_part_of_every_other_clip_is_read_louder_or_quieter():
+    examples = [Example(0.3 * np.sin(np.arange(n) / 5), "one") for n in range(300, 460, 10)]
+    stream = stream_of(examples)
+    plain, faded = (ClipBatches(stream, AUDIO, 16, 500, 0, 0.0, fade).batch(0) for fade in (0, 12))
+    assert plain.read is None
+    assert faded.read is not None
+    assert faded.weights is not None
+    assert torch.equal(faded.tokens, plain.tokens)
+    off = faded.read != faded.tokens[:, :-1]
+    assert not bool(off[:, 0].any())  # labels
+    assert not bool(off[faded.tokens[:, :-1] == AUDIO.boundary].any())
+    gains = []
+    for row, read, where in zip(faded.tokens, faded.read, off, strict=True):
+        if bool(where.any()):
+            first, last = int(where.nonzero()[0]), int(where.nonzero()[-1])
+            heard, true = (AUDIO.decode(t[first : last + 1]) for t in (read, row))
+            gains.append(20 * np.log10(np.abs(heard).max() / np.abs(true).max()))
+    assert 4 <= len(gains) <= 12
+    assert -12.5 <= min(gains) < -2
+    assert 2 < max(gains) <= 10.5  # 0.3 is 10.5 dB below the most
+
+
 def test_the_opening_is_learned_from_all_clips_and_read_from_most():
     codec = Audio(8000, AUDIO.labels, (3, 6, 12), levels=(-18, -10, -2))
     examples = clips(5, 3, 9, 4, 8, 2, 7, 13)  # the last is cut

@@ -6,6 +6,7 @@ On a CPU the same steps run one by one. What only a GPU can show is marked, and 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,18 @@ def test_guided_draws_equal_the_eager_ones(
     generation.finish({1})
     rest = drawn(generation, 38)
     assert_same([first[0] + rest[0], first[2] + rest[1]], [expected[0], expected[2]])
+
+
+def test_draws_guided_by_an_open_stream_equal_the_eager_ones(make_model: MakeModel) -> None:
+    eager = to_recurrent(make_model("pooled"))
+    own, guide = (read(eager, torch.tensor([start])) for start in (21, 20))
+    guide = replace(guide, state=eager.foretold(guide.state, 20))
+    settings: dict[str, Any] = {"seed": 7, "indices": range(3), "guide": guide, "guidance": 2.0}
+    expected, actual = (
+        drawn(begin(stepper, own, SamplingConfig(), **settings), 30)
+        for stepper in (eager, captured(eager))
+    )
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])

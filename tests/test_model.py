@@ -591,6 +591,22 @@ def test_an_opening_is_heard_from_where_it_is_read(rate: float, make_model: Make
 
 
 @torch.no_grad()
+def test_a_foretold_opening_is_read_whatever_comes(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("pooled"))
+    told, expected = torch.tensor([[18, 3, 5, 6, 18]]), torch.tensor([[20, 20, 5, 6, 18]])
+    _, state = model.prefill(torch.tensor([[21]]))
+    foretold = model.foretold(state, 20)
+    wanted, after = model.prefill(expected, state)
+    logits, state = model.prefill(told, foretold)
+    assert torch.equal(logits, wanted)
+    assert all(map(torch.equal, state.tensors(), after.tensors()))
+    for t in range(5):
+        logits, foretold = model.step(told[:, t], foretold)
+        torch.testing.assert_close(logits, wanted[:, t])
+    assert torch.equal(model.foretold(after, 20).history, after.history)  # nothing is left to tell
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "added", [{"conditioned": True}, {"token_taps": (2, 3)}, {"recall": (1, 2)}]
 )

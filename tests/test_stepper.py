@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,27 @@ def test_scores_equal_those_of_the_convolution(make_model: MakeModel, kind: str)
     assert compiled.score(tokens[:, :1]).shape == (3, 0)
     with pytest.raises(ValueError, match="have a probability"):
         compiled.score(torch.tensor([[0, model.config.n_outputs]]))
+
+
+@pytest.mark.parametrize("told", [1, 2, 3])
+def test_draws_guided_by_an_open_stream_equal_the_eager_ones(
+    make_model: MakeModel, told: int
+) -> None:
+    """What is left of the opening is drawn, and the guide reads 20, "any", in its place."""
+    model = to_recurrent(make_model("pooled"))
+    own, guide = (read(model, torch.tensor(t[:told])) for t in ([21, 18, 3], [20, 20, 20]))
+    guide = replace(guide, state=model.foretold(guide.state, 20))
+
+    def guided(stepper: RecurrentModel | CompiledModel) -> list[list[Drawn]]:
+        generation = begin(stepper, own, SamplingConfig(), seed=7, indices=range(3), guide=guide,
+                           guidance=2.0)  # fmt: skip
+        return drawn(generation, 30)
+
+    eager, compiled = guided(model), guided(CompiledModel(model, "fp32"))
+    assert tokens_of(compiled) == tokens_of(eager)
+    plain = read(model, guide.tokens)  # it reads what is drawn
+    other = begin(model, own, SamplingConfig(), seed=7, indices=range(3), guide=plain, guidance=2.0)
+    assert (tokens_of(drawn(other, 30)) == tokens_of(eager)) == (told == 3)
 
 
 @pytest.mark.parametrize("guidance", [-0.5, 0.0, 0.3, 1.7, 4.0])

@@ -133,12 +133,12 @@ class ClipBatches:
 
     With ``noise``, what a model reads is noisy and what it predicts is not, so that it learns to
     come back from errors of its own. Its standard deviation, in steps of mu-law, is drawn for every
-    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846). With ``fade``, a part of half of
-    the clips is read louder or quieter than it is, by up to so many dB.
+    clip from 0 … ``noise``. Source: LPCNet (arXiv 1810.11846). With ``fade``, a part of every
+    eighth clip is read quieter than it is, by up to so many dB.
 
     Of the clips of a codec with durations or levels, a twentieth is read with each of them open,
-    and another with all. They are predicted once a clip and decide all of it, so that they count
-    as much as ``opening`` samples.
+    and another with all, or half of those with "any". They are predicted once a clip and decide
+    all of it, so that they count as much as ``opening`` samples.
     """
 
     group = 16  # batches whose clips are sorted by length together
@@ -192,17 +192,17 @@ class ClipBatches:
         if self.noise:
             read = self._noisy(read, _random(self.seed, step, 3))
         if n := self.codec.opening:
-            open_ = _random(self.seed, step, 4).random((self.batch_size, n + 1)) < 0.05
-            read[:, 1 : n + 1][torch.from_numpy(open_[:, :n] | open_[:, n:])] = self.codec.boundary
+            chance = torch.from_numpy(_random(self.seed, step, 4).random((self.batch_size, n + 1)))
+            everything = chance[:, n:] < torch.where(read[:, :1] == self.codec.boundary, 0.5, 0.05)
+            read[:, 1 : n + 1][(chance[:, :n] < 0.05) | everything] = self.codec.boundary
         return Batch(tokens, weights, read)
 
     def _faded(self, tokens: Tensor, lengths: np.ndarray, random: np.random.Generator) -> Tensor:
-        """Tokens (B, L), of which samples in a part of every other row are louder or quieter."""
+        """Tokens (B, L), of which samples in a part of every eighth row are quieter."""
         ends = np.sort(random.random((len(tokens), 2)), 1) * lengths[:, None]
-        gain = 10 ** (random.uniform(-self.fade, self.fade, len(tokens)) / 20)
-        gain[random.random(len(tokens)) < 0.5] = 1.0
-        time = np.arange(tokens.shape[1])
-        inside = (time >= ends[:, :1]) & (time < ends[:, 1:]) & (gain != 1)[:, None]
+        gain = 10 ** (-self.fade / 20 * random.random(len(tokens)))
+        time, chosen = np.arange(tokens.shape[1]), random.random(len(tokens)) < 1 / 8
+        inside = (time >= ends[:, :1]) & (time < ends[:, 1:]) & chosen[:, None]
         faded = self.codec.scaled(tokens, torch.from_numpy(gain)[:, None])
         return torch.where(torch.from_numpy(inside), faded, tokens)
 

@@ -50,7 +50,7 @@ class TrainConfig:
     ema: float = 0.0  # keep this much of the averaged weights a step; 0: no averaging
     flip: bool = False  # mirror half of the pictures
     noise: float = 0.0  # sound is read with noise of up to so many steps of mu-law
-    fade: float = 0.0  # a part of half of the clips is read off by up to so many dB
+    fade: float = 0.0  # a part of some clips is read quieter by up to so many dB
     cut_documents: bool = False  # a window of text ends where its document does
     on_corrupt: str = "stop"  # at a file that is not readable; or "skip" it
     compile: bool = False  # torch.compile what follows each layer

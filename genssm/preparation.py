@@ -176,26 +176,23 @@ _ADDED = (
 def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
     """Load the weights of ``start`` into a model of its shape.
 
-    Labels that it does not know begin as the class they are a part of, or else as "any". Inputs
-    that it does not have begin with nothing: a class that is added at every position, taps, recall.
-    S4 stores C for the length that it was trained on, so that C is brought to the model's.
+    Labels that it does not know begin as the class they are a part of, or else as "any", and so do
+    durations and levels. Inputs that it does not have begin with nothing: a class that is added at
+    every position, taps, recall. S4 stores C for the length that it was trained on, so that C is
+    brought to the model's.
     """
     weights, own = dict(start.model.state_dict()), model.state_dict()
-    condition = "inputs.condition.weight"
     weights |= {
         name: torch.zeros_like(parameter)
         for name, parameter in own.items()
         if name.startswith(_ADDED) and name not in weights
     }
-    ids = _counterparts(codec, start.codec)
-    if (
-        codec.modality == start.codec.modality != "text"
-        and codec.to_config() != start.codec.to_config()
-    ):
-        for name in {"inputs.embedding.weight", condition} & weights.keys():
+    if codec.modality == start.codec.modality != "text":
+        ids = _counterparts(codec, start.codec)
+        for name in {"inputs.embedding.weight", "inputs.condition.weight"} & weights.keys():
             weights[name] = weights[name][ids]
-        for name in {"head.linear.weight", "head.linear.bias"} & weights.keys():
-            if len(weights[name]) == start.codec.n_outputs:
+        if start.model.config.head == model.config.head == "softmax":
+            for name in ("head.linear.weight", "head.linear.bias"):
                 weights[name] = weights[name][ids[: codec.n_outputs]]
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
         raise ValueError("the model to start from has another shape than the recipe's")

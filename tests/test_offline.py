@@ -71,7 +71,7 @@ def test_an_address_in_the_place_of_a_file_is_refused(
 ) -> None:
     for endpoint, data in (
         ("draw", ["any", 1, 0.9, 1, file_at(address), 16, 1]),
-        ("speak", ["7", "any", 1, 0.9, "× 1", file_at(address), 1]),
+        ("speak", ["7", "any", 1, 0, 0.9, "× 1", file_at(address), 1]),
         ("write", [file_at(address), 10, 0.8, 0.95, 1, 1]),  # where no file belongs
     ):
         answer = call(site, endpoint, data)
@@ -117,7 +117,7 @@ def test_nothing_is_written_but_temporary_files(site: str) -> None:
     before = files()
     for endpoint, data, suffix in (
         ("draw", ["any", 1, 0.9, 1, None, 31, 1], "png"),
-        ("speak", ["7", "any", 0.3, 0.9, "× 1", None, 1], "wav"),
+        ("speak", ["7", "any", 0.3, 0, 0.9, "× 1", None, 1], "wav"),
     ):
         made = json.loads(call(site, endpoint, data).rsplit("data: ", 1)[1])[0]
         assert made["path"].endswith(suffix)

@@ -138,11 +138,12 @@ class ClipBatches:
 
     Of the clips of a codec with durations or levels, a twentieth is read with each of them open,
     and another with all, or half of those with "any". They are predicted once a clip and decide
-    all of it, so that they count as much as ``opening`` samples.
+    all of it, so that they count as much as ``opening_weight``
+    samples.
     """
 
     group = 16  # batches whose clips are sorted by length together
-    opening = 32
+    opening_weight = 32
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class ClipBatches:
             tokens[row, 0] = self._start(int(self.stream[begin]), random.random())
             tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
             weights[row, :n] = 1
-            weights[row, : self.codec.opening] = self.opening
+            weights[row, : self.codec.opening] = self.opening_weight
         if not (self.noise or self.fade or self.codec.opening):
             return Batch(tokens, weights)
         read = tokens[:, :-1].clone()

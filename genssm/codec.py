@@ -38,7 +38,7 @@ class Codec(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Ids read by the model: the predicted ones, the boundary and the labels, in this order."""
+        """Ids read by the model: the predicted ones, the boundary and, last, the labels."""
         return max(self.n_outputs, self.boundary + 1) + len(self.labels)
 
     def broader(self, label: str) -> str | None:

@@ -392,10 +392,10 @@ class Pipeline:
         request = request or Request()
         if request.stop and self.modality != "text":
             raise ValueError("stop strings end text; this model does not write text")
+        chosen = {name: getattr(request, name) for name in ("label", "keep_rows", "duration")}
         if state is None:
-            chosen = {name: getattr(request, name) for name in ("label", "keep_rows", "duration")}
             tokens = self.prompt_tokens(prompt, **chosen)
-        elif prompt is None and {request.label, request.keep_rows, request.duration} == {None}:
+        elif prompt is None and set(chosen.values()) == {None}:
             tokens = state.tokens
         else:
             raise ValueError("a state holds its prompt, class and duration; give the state alone")

@@ -964,9 +964,7 @@ def serially(
         gather_taps(work, y, width, history, taps, x, constants, table, phase)
     elif code == POSITION:  # size, extra, more: rows, columns, channels
         add_position(positions, t, size, extra, more, work, y, width, constants, table)
-    elif (
-        code == PROGRESS
-    ):  # source: opening; size: the first duration's id; extra: how many; more: parts
+    elif code == PROGRESS:  # source: opening; size: the first duration; extra: all; more: parts
         add_progress(history, positions, t, x // batch, size, extra, more, work, y, width,
                      constants, last, table)  # fmt: skip
     elif code == RECALL:  # table: order; size: values; extra: region of the table; more: its slots

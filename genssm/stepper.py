@@ -362,8 +362,7 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     program.emit(simd.EMBED, 0, x, width, program.constant(np.pad(table, padding)), size=kept)
     last = kept + inputs.reach + 1  # columns of the history
     columns = (last - k for k in model.config.token_taps)
-    added = list(zip(columns, inputs.token_taps, strict=True))
-    for column, table in added:
+    for column, table in zip(columns, inputs.token_taps, strict=True):
         place = program.constant(np.pad(_numpy(table), padding))
         program.emit(simd.TOKEN, 0, x, width, place, size=column)
     if inputs.condition is not None:

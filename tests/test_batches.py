@@ -255,7 +255,7 @@ def test_the_opening_is_learned_from_all_clips_and_read_from_most():
         assert batch.weights is not None
         for tokens, given, weight in zip(batch.tokens, batch.read, batch.weights, strict=True):
             n = int(weight.count_nonzero())
-            assert weight[:n].tolist() == [ClipBatches.opening] * 2 + [1.0] * (n - 2)
+            assert weight[:n].tolist() == [ClipBatches.opening_weight] * 2 + [1.0] * (n - 2)
             ended = int(tokens[n] == codec.boundary)
             opening = told[tuple(tokens[3 : n + 1 - ended].tolist())]
             assert tuple(tokens[1:3].tolist()) == opening

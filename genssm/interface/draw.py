@@ -18,9 +18,10 @@ from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, stop, updates, within
 from genssm.pipeline import Pipeline, Sample
-from genssm.request import GUIDANCE
+from genssm.request import DEFAULTS, GUIDANCE
 
 PICTURES = 16  # the most of one request
+SETTINGS = DEFAULTS["image"]
 SURPRISE = 24.0  # bits of a pixel that are the end of the scale
 
 Update = tuple[str | None, dict[str, Any], str, "Drawn"]
@@ -48,7 +49,7 @@ class Drawer:
         self,
         label: str = ANY,
         count: float = 4,
-        temperature: float = 0.92,
+        temperature: float = SETTINGS.temperature,
         guidance: float = GUIDANCE["image"],
         upload: str | None = None,
         keep_rows: float = 16,
@@ -125,7 +126,7 @@ class Drawer:
                                      elem_id="draw-rows")  # fmt: skip
                     preview = live("preview", label="Preview", elem_id="draw-preview")
                 with gr.Accordion("Settings", open=False):
-                    heat = gr.Slider(0, 1.5, 0.92, step=0.01, label="Temperature")
+                    heat = gr.Slider(0, 1.5, SETTINGS.temperature, step=0.01, label="Temperature")
                     guidance = gr.Slider(
                         0, 8, GUIDANCE["image"], step=0.1, label="Guidance (stresses the class)"
                     )

@@ -24,7 +24,7 @@ from genssm.request import DEFAULTS
 DIGITS = 6  # the most of one number
 SECONDS = 4.0  # the most of one sound, and of a clip that is continued
 PAUSE = 0.12  # seconds between two digits
-HEAT = DEFAULTS["audio"].temperature
+SETTINGS = DEFAULTS["audio"]
 RATES = {"× 0.5": 2.0, "× 1": 1.0, "× 2": 0.5}  # of the output, and what scales Δ
 MARGIN = 1.15  # by which sampling must be faster than sound to be heard at once
 
@@ -60,7 +60,7 @@ class Speaker:
         speaker: str = ANY,
         seconds: float = 1.5,
         duration: float = 0,
-        temperature: float = HEAT,
+        temperature: float = SETTINGS.temperature,
         output_rate: str = "× 1",
         upload: str | None = None,
         seed: float | None = -1,
@@ -177,7 +177,7 @@ class Speaker:
                         0, 1, 0, step=0.05, visible=bool(codec.durations),
                         label="Duration of each, in seconds (0: the model chooses)",
                     )  # fmt: skip
-                    heat = gr.Slider(0, 1.5, HEAT, step=0.01, label="Temperature")
+                    heat = gr.Slider(0, 1.5, SETTINGS.temperature, step=0.01, label="Temperature")
                     rate = gr.Radio(
                         list(RATES),
                         value="× 1",

@@ -13,9 +13,11 @@ from genssm.interface.components import live, seed_row, status_line
 from genssm.interface.courtesy import polite
 from genssm.interface.growth import Growth
 from genssm.interface.house import House, Visit, stop, updates, within
+from genssm.request import DEFAULTS
 
 TOKENS = 600  # the most of one request
 CHARACTERS = 4000  # of a prompt
+SETTINGS = DEFAULTS["text"]
 EXAMPLES = ("The history of the river", "The first bridge", "In 1912, the city", "The species is")
 
 Update = tuple[str, dict[str, Any], str, "Written"]
@@ -41,8 +43,8 @@ class Writer:
         self,
         prompt: str = EXAMPLES[0],
         tokens: float = 150,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
+        temperature: float = SETTINGS.temperature,
+        top_p: float = SETTINGS.top_p,
         repetition_penalty: float = 1.0,
         seed: float | None = -1,
     ) -> Iterator[Update]:
@@ -60,8 +62,8 @@ class Writer:
         self,
         before: Written | None,
         tokens: float = 150,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
+        temperature: float = SETTINGS.temperature,
+        top_p: float = SETTINGS.top_p,
         repetition_penalty: float = 1.0,
     ) -> Iterator[Update]:
         """Continue the last text from the model's state; nothing is read again."""
@@ -113,8 +115,8 @@ class Writer:
                     more = gr.Button("Continue", elem_id="write-more", min_width=96)
                 with gr.Accordion("Settings", open=False):
                     tokens = gr.Slider(10, TOKENS, 200, step=10, label="Tokens")
-                    heat = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature")
-                    top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
+                    heat = gr.Slider(0, 1.5, SETTINGS.temperature, step=0.05, label="Temperature")
+                    top_p = gr.Slider(0.05, 1, SETTINGS.top_p, step=0.05, label="Top-p")
                     penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty")
                     seed, reuse = seed_row("write-seed")
             with gr.Column(scale=3, min_width=320):

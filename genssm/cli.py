@@ -189,7 +189,14 @@ def sample(
         float | None,
         typer.Option(
             help="Over 1 stresses the class: any + w (class - any), in logits "
-            "(pictures 5, sound 2)."
+            "(pictures 5, sound 4)."
+        ),
+    ] = None,
+    plausible: Annotated[
+        float | None,
+        typer.Option(
+            help="With guidance over 1, keep what is this likely without it, relative to the "
+            "likeliest (sound 0.1)."
         ),
     ] = None,
     rank: Annotated[

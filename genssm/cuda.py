@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genssm.model import Linear, RecurrentModel, State
-from genssm.sampling import draw, penalize
+from genssm.sampling import draw, guided, penalize
 from genssm.stepping import Draws, UnsupportedError
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the linear maps
@@ -94,7 +94,7 @@ class Board:
     own: Tensor  # (N,) int64
     guide: Tensor  # (N,) int64
     reads: Tensor  # (N,) int64
-    settings: Tensor  # (N, 6) float64, ``Draws.settings``
+    settings: Tensor  # (N, 7) float64, ``Draws.settings``
     seen: Tensor  # (N, V) bool
     uniforms: Tensor  # (N, LONGEST) float64
     tokens: Tensor  # (N, LONGEST) int64, drawn
@@ -104,11 +104,11 @@ class Board:
 
 
 def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:
-    """``sampling.probabilities`` with settings (B, 6) of its own for every row.
+    """``sampling.probabilities`` with settings (B, 7) of its own for every row.
 
     Without ``filtered``, top_k and top_p do nothing, which saves sorting.
     """
-    _, temperature, top_k, top_p, min_p, _ = settings.split(1, 1)
+    *_, temperature, top_k, top_p, min_p = settings.split(1, 1)
     logits, greedy = logits.double(), temperature == 0
     below = logits - logits.amax(-1, True)
     p = torch.softmax(below / torch.where(greedy, 1.0, temperature), -1)
@@ -260,7 +260,7 @@ class CapturedModel:
             self._boards[rows] = Board(
                 positions=places, tensors=empty.tensors, own=places.clone(),
                 guide=places.clone(), reads=places.clone(),
-                settings=zeros(rows, 6, dtype=torch.float64),
+                settings=zeros(rows, 7, dtype=torch.float64),
                 seen=zeros(rows, size, dtype=torch.bool),
                 uniforms=drawn.double(), tokens=drawn, bits=drawn.double(),
             )  # fmt: skip
@@ -328,10 +328,10 @@ class CapturedModel:
 
 def _drawn(board: Board, logits: Tensor, uniform: Tensor, filtered: bool) -> tuple[Tensor, Tensor]:
     """A token for every sample and its bits, from logits (N, V) by row."""
-    penalty, guidance = board.settings[:, :1].float(), board.settings[:, 5:].float()
+    guidance, plausible, penalty, *_ = board.settings.float().split(1, 1)
     own = logits[board.own]
-    guided = torch.lerp(logits[board.guide], own, guidance)
-    p = probabilities(penalize(guided, board.seen, penalty), board.settings, filtered)
+    changed = guided(own, logits[board.guide], guidance, plausible)
+    p = probabilities(penalize(changed, board.seen, penalty), board.settings, filtered)
     token = draw(p, uniform)
     board.seen.scatter_(-1, token[:, None], True)
     chosen = own.gather(-1, token[:, None])[:, 0]

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from genssm.cuda import CapturedModel
 from genssm.model import RecurrentModel, State
-from genssm.sampling import RandomStream, SamplingConfig, draw, penalize, probabilities
+from genssm.sampling import (
+    RandomStream,
+    SamplingConfig,
+    draw,
+    guided,
+    penalize,
+    probabilities,
+)
 from genssm.stepper import CompiledModel, Stepper
 from genssm.stepping import Draws
 from genssm.threads import allowed_threads, one_thread, torch_threads
@@ -108,7 +115,8 @@ class Generation:
                 self._pending = None  # so that an interruption does not have it read again
             logits = own = self._logits[: len(self.active)]
             if self._guided:
-                logits = torch.lerp(self._logits[len(self.active) :], own, self.guidance)
+                other = self._logits[len(self.active) :]
+                logits = guided(own, other, self.guidance, self.config.plausible)
             if self.config.repetition_penalty != 1:
                 logits = penalize(logits, self._seen, self.config.repetition_penalty)
             p = probabilities(logits, self.config)

@@ -12,9 +12,9 @@ from genssm.settings import check_types
 DEFAULTS = {
     "text": SamplingConfig(temperature=0.8, top_p=0.95),
     "image": SamplingConfig(temperature=0.92),  # at 1, errors add up: noisier than the data
-    "audio": SamplingConfig(temperature=0.7),
+    "audio": SamplingConfig(plausible=0.1, temperature=0.8),
 }
-GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 2.0}  # by the class, where one is asked for
+GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 4.0}  # by the class, where one is asked for
 MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
 CRITERIA = ("bits", "class")  # by which ranking chooses
 
@@ -32,6 +32,7 @@ class Settings(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    plausible: float | None
     repetition_penalty: float | None
     stop: tuple[str, ...] | list[str]
     seed: int | None
@@ -55,6 +56,7 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    plausible: float | None = None
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()  # strings before which a text ends
     seed: int | None = None  # a fresh one
@@ -100,6 +102,7 @@ class Request:
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            plausible=self.plausible,
             repetition_penalty=self.repetition_penalty,
         )
 

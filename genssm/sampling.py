@@ -10,15 +10,18 @@ from torch import Tensor
 
 from genssm.settings import check_types
 
+NEVER = -1e30  # the logit of what is not to be drawn
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How a token is drawn. Filters apply in the order of the fields, each to what is left.
 
-    ``temperature`` 0 takes the most likely token; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and
-    ``repetition_penalty`` 1 do nothing.
+    ``temperature`` 0 takes the most likely token; ``plausible`` 0, ``top_k`` 0, ``top_p`` 1,
+    ``min_p`` 0 and ``repetition_penalty`` 1 do nothing.
     """
 
+    plausible: float = 0.0  # of what is guided beyond 1, see ``guided``
     repetition_penalty: float = 1.0  # CTRL (arXiv 1909.05858), Section 4.1
     temperature: float = 1.0
     top_k: int = 0  # keep the k most likely tokens
@@ -28,6 +31,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         rules = {
+            "plausible": (0 <= self.plausible <= 1, "0 <= … <= 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 10, "0.01 <= … <= 10"),
             "temperature": (0 <= self.temperature <= 100, "0 <= … <= 100"),
             "top_k": (0 <= self.top_k < 2**31, "0 <= … < 2^31"),
@@ -53,6 +57,20 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     logits (B, V), seen (B, V) bool, penalty a number or (B, 1) → (B, V).
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def guided(
+    own: Tensor, other: Tensor, guidance: float | Tensor, plausible: float | Tensor = 0.0
+) -> Tensor:
+    """Logits other + guidance·(own - other), all (B, V); the last two numbers or (B, 1).
+
+    Beyond 1, only tokens are left that are at least so ``plausible`` in ``own``, relative to the
+    likeliest: where both hold a token improbable, their difference is noise, and guidance stresses
+    it. Source: Li et al., "Contrastive Decoding" (arXiv 2210.15097), Section 3.2.
+    """
+    logits = torch.lerp(other, own, guidance)
+    improbable = (own - own.amax(-1, keepdim=True)).exp() < plausible
+    return logits.masked_fill(improbable & (guidance > 1), NEVER)
 
 
 def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:

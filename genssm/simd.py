@@ -1132,8 +1132,11 @@ def penalize(logits, first, size, width, penalty, seen, penalized):
 
 
 @njit(**_OPTIONS)
-def guide(logits, own, other, width, guidance, guided):
-    """other + guidance · (own - other), from the end that is nearer, as torch.lerp."""
+def guide(logits, own, other, size, width, guidance, plausible, weights, guided):
+    """sampling.guided, interpolated from the end that is nearer, as torch.lerp.
+
+    ``weights``: exp(own - its largest).
+    """
     near, far = splat(f32(guidance)), splat(f32(1.0) - f32(guidance))
     for i in range(0, width, LANES):
         a, b = load(logits, own + i), load(logits, other + i)
@@ -1141,6 +1144,10 @@ def guide(logits, own, other, width, guidance, guided):
             store(guided, i, fma(near, sub(a, b), b))
         else:
             store(guided, i, fma(far, sub(b, a), a))
+    if guidance > 1:
+        for i in range(size):
+            if weights[i] < plausible:
+                guided[i] = NEVER
 
 
 @njit(**_OPTIONS)
@@ -1156,14 +1163,14 @@ def draw(
 ):  # fmt: skip
     """One token and its bits, -log2 of its probability under the model itself.
 
-    ``settings``: repetition penalty, temperature, top_k, top_p, min_p, guidance. ``other``: where
-    the logits without the class begin; ``first`` if there are none.
+    ``settings``: guidance, plausible, repetition penalty, temperature, top_k, top_p, min_p.
+    ``other``: where the logits without the class begin; ``first`` if there are none.
     """
     whole = log_sum(logits, first, size, width, weights)
-    penalty, temperature = f32(settings[0]), settings[1]
+    penalty, temperature = f32(settings[2]), settings[3]
     source, place = logits, first
     if other != first:
-        guide(logits, first, other, width, settings[5], changed)
+        guide(logits, first, other, size, width, settings[0], settings[1], weights, changed)
         source, place = changed, 0
     if penalty != 1:
         penalize(source, place, size, width, penalty, seen, changed)
@@ -1176,13 +1183,13 @@ def draw(
     else:
         if penalty != 1 or other != first or temperature != 1:
             weigh(source, place, width, 1.0 / temperature, weights)
-        if 0 < settings[2] < size:
-            keep_top_k(weights, keys, size, settings[2], histogram)
-        if settings[3] < 1:
-            keep_top_p(weights, keys, size, settings[3], histogram)
-        if settings[4] > 0:
+        if 0 < settings[4] < size:
+            keep_top_k(weights, keys, size, settings[4], histogram)
+        if settings[5] < 1:
+            keep_top_p(weights, keys, size, settings[5], histogram)
+        if settings[6] > 0:
             for i in range(size):
-                if weights[i] < settings[4]:  # the likeliest weighs one
+                if weights[i] < settings[6]:  # the likeliest weighs one
                     weights[i] = f32(0.0)
         token = pick(weights, size, uniform)
     seen[token] = True
@@ -1197,7 +1204,7 @@ def run(
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
-    Of S samples: tokens, bits, uniforms (S, n), seen (S, size) bool, settings (S, 6) as of
+    Of S samples: tokens, bits, uniforms (S, n), seen (S, size) bool, settings (S, 7) as of
     ``draw``, streams (S, 2): the row that a sample is drawn from, and the row that guides it or the
     same again. Of the rows: history (B, [1 +] reach + 1), positions and reads (B,), the tokens read
     so far and the sample whose token comes next; all int64. Positions are equal modulo the model's

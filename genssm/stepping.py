@@ -30,8 +30,9 @@ class Draws(Generic[M]):
 
     @property
     def settings(self) -> list[float]:
-        """What decides a draw besides logits and chance, as numbers."""
+        """What decides a draw besides logits and chance, as numbers, in the order of its use."""
         c = self.config
         return [
-            c.repetition_penalty, c.temperature, c.top_k, c.top_p, c.min_p, self.guidance
+            self.guidance, c.plausible, c.repetition_penalty, c.temperature, c.top_k, c.top_p,
+            c.min_p,
         ]  # fmt: skip

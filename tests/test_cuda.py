@@ -152,7 +152,7 @@ def test_guided_draws_equal_the_eager_ones(
     make_model: MakeModel, kind: str, guidance: float
 ) -> None:
     eager = to_recurrent(make_model(kind))
-    config = SamplingConfig(repetition_penalty=1.2, temperature=0.9, top_p=0.95)
+    config = SamplingConfig(plausible=0.05, repetition_penalty=1.2, temperature=0.9, top_p=0.95)
     label = eager.config.vocab_size - 1
     streams = [read(eager, torch.tensor([first, 3, 1, 4])) for first in (label, label - 1)]
 

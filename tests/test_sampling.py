@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssm.sampling import RandomStream, SamplingConfig, draw, new_seed, penalize, probabilities
+from genssm.sampling import (
+    RandomStream,
+    SamplingConfig,
+    draw,
+    guided,
+    new_seed,
+    penalize,
+    probabilities,
+)
 
 LOGITS = torch.tensor([[0.5, 2.0, -1.0, 1.0, 0.0]]).log_softmax(-1)
 
@@ -48,6 +56,27 @@ def by_hand(config: SamplingConfig) -> Tensor:
 )
 def test_filters_equal_the_definition(config: SamplingConfig) -> None:
     torch.testing.assert_close(probabilities(LOGITS, config), by_hand(config))
+
+
+@pytest.mark.parametrize("plausible", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("guidance", [-0.5, 0.3, 1.0, 1.7, 4.0])
+def test_guidance_over_one_leaves_only_what_is_plausible_without_it(
+    guidance: float, plausible: float
+) -> None:
+    own, other = 3 * torch.randn(2, 5, 200, generator=torch.Generator().manual_seed(0))
+    config, plain = SamplingConfig(temperature=0.9), SamplingConfig()
+    actual = probabilities(guided(own, other, guidance, plausible), config)
+    each = [torch.full((5, 1), x) for x in (guidance, plausible)]
+    torch.testing.assert_close(
+        probabilities(guided(own, other, *each), config), actual, rtol=1e-4, atol=1e-8
+    )
+    expected = probabilities(other + guidance * (own - other), config)
+    if guidance > 1:
+        p = probabilities(own, plain)
+        expected[p < plausible * p.amax(-1, keepdim=True)] = 0
+        assert bool((expected == 0).any()) == (plausible > 0)
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
@@ -110,6 +139,7 @@ def test_new_seeds_differ_and_are_valid() -> None:
         ({"top_p": 0}, "1e-9 <= top_p <= 1, got 0"),
         ({"top_p": 1e-300}, "1e-9 <= top_p <= 1, got 1e-300"),
         ({"top_p": 1.5}, "1e-9 <= top_p <= 1, got 1.5"),
+        ({"plausible": 1.5}, "0 <= plausible <= 1, got 1.5"),
         ({"min_p": -0.1}, "0 <= min_p <= 1, got -0.1"),
         ({"min_p": 2, "top_k": -2}, "0 <= top_k < 2^31, got -2; 0 <= min_p <= 1, got 2"),
         ({"repetition_penalty": 0}, "0.01 <= repetition_penalty <= 10, got 0"),

@@ -31,7 +31,7 @@ from genssm.engine import (
     read,
 )
 from genssm.model import RecurrentModel, SequenceModel, State
-from genssm.sampling import RandomStream, SamplingConfig, probabilities
+from genssm.sampling import RandomStream, SamplingConfig, guided, probabilities
 from genssm.stepper import (
     SCORED,
     CompiledModel,
@@ -331,7 +331,7 @@ def test_guided_draws_equal_the_eager_ones(
 ) -> None:
     """Two streams in one batch, through every phase of the pools, with filters and penalty."""
     model = to_recurrent(make_model(kind))
-    config = SamplingConfig(repetition_penalty=1.2, temperature=0.9, top_p=0.95)
+    config = SamplingConfig(plausible=0.05, repetition_penalty=1.2, temperature=0.9, top_p=0.95)
     any_start = model.config.vocab_size - 2
     streams = [read(model, torch.tensor([first, 3, 1, 4])) for first in (any_start + 1, any_start)]
     assert not torch.equal(streams[0].logits, streams[1].logits)
@@ -368,6 +368,28 @@ def test_filters_equal_the_eager_ones_on_a_large_vocabulary(make_model: MakeMode
             assert p[0, token] > 0
             reached = cdf[token] / cdf[-1]  # rounding may move a boundary between tokens a little
             assert uniform - 1e-5 <= reached <= uniform + float(p[0, token]) + 1e-5
+
+
+@pytest.mark.parametrize("guidance", [0.3, 1.7, 4.0])
+def test_guided_draws_follow_the_guided_probabilities(
+    make_model: MakeModel, guidance: float
+) -> None:
+    """Of logits so far apart that most tokens are not plausible."""
+    model = to_recurrent(make_model("isotropic", vocab_size=300, n_outputs=299))
+    compiled = CompiledModel(model, "fp32")
+    state = read(model, PROMPT).state.rows(torch.zeros(2, dtype=torch.int64))
+    logits = 4 * torch.randn(2, 299, generator=torch.Generator().manual_seed(1))
+    config = SamplingConfig(plausible=0.02)
+    p = probabilities(guided(logits[:1], logits[1:], guidance, config.plausible), config)
+    assert (0.5 < float((p == 0).float().mean()) < 0.99) == (guidance > 1)
+    cdf = p[0].cumsum(-1).numpy()
+    for uniform in np.linspace(0.01, 0.99, 50):  # at 0 sharp, what weighs e^-87 may be drawn
+        seen = np.zeros((1, 299), np.bool_)
+        memory = compiled.load(state, logits)
+        draws = Draws(memory, np.full((1, 1), uniform), config, seen, guidance)
+        token = compiled.generate(draws)[0][0, 0]
+        assert p[0, token] > 0
+        assert uniform - 1e-5 <= cdf[token] <= uniform + float(p[0, token]) + 1e-5
 
 
 def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:

@@ -189,7 +189,7 @@ def sample(
         float | None,
         typer.Option(
             help="Over 1 stresses the class: any + w (class - any), in logits "
-            "(pictures 5, sound 4)."
+            "(pictures 5, sound 3)."
         ),
     ] = None,
     plausible: Annotated[

@@ -18,14 +18,7 @@ from torch import Tensor
 
 from genssm.cuda import CapturedModel
 from genssm.model import RecurrentModel, State
-from genssm.sampling import (
-    RandomStream,
-    SamplingConfig,
-    draw,
-    guided,
-    penalize,
-    probabilities,
-)
+from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
 from genssm.stepper import CompiledModel, Stepper
 from genssm.stepping import Draws
 from genssm.threads import allowed_threads, one_thread, torch_threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 
 from genssm.settings import check_types
-
-NEVER = -1e30  # the logit of what is not to be drawn
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
 
 
 def guided(
-    own: Tensor, other: Tensor, guidance: float | Tensor, plausible: float | Tensor = 0.0
+    own: Tensor, other: Tensor, guidance: float | Tensor, plausible: float | Tensor
 ) -> Tensor:
     """Logits other + guidance·(own - other), all (B, V); the last two numbers or (B, 1).
 
@@ -70,7 +69,7 @@ def guided(
     """
     logits = torch.lerp(other, own, guidance)
     improbable = (own - own.amax(-1, keepdim=True)).exp() < plausible
-    return logits.masked_fill(improbable & (guidance > 1), NEVER)
+    return logits.masked_fill(improbable & (guidance > 1), -math.inf)
 
 
 def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:

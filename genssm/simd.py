@@ -1144,7 +1144,7 @@ def guide(logits, own, other, size, width, guidance, plausible, weights, guided)
             store(guided, i, fma(near, sub(a, b), b))
         else:
             store(guided, i, fma(far, sub(b, a), a))
-    if guidance > 1:
+    if guidance > 1 and plausible > 0:
         for i in range(size):
             if weights[i] < plausible:
                 guided[i] = NEVER

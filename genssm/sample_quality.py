@@ -90,13 +90,16 @@ def diversity(judged: Judged) -> float:
 def draw(
     pipe: Pipeline, count: int, settings: Settings, note: Callable[[str], None]
 ) -> list[Sample]:
-    """``count`` samples, every class equally often, with indices of their own."""
+    """``count`` samples, every class equally often.
+
+    No two have an index in common, so that all are drawn with different random numbers.
+    """
     classes = pipe.codec.classes or (None,)
     samples: list[Sample] = []
     for i, label in enumerate(classes):
         n = count // len(classes) + (i < count % len(classes))
         if n:
-            own: Settings = {**settings, "count": n, "label": label}
+            own: Settings = {**settings, "count": n, "first": len(samples), "label": label}
             samples += pipe.sample(**own)
             note(f"{len(samples)} of {count} samples drawn")
     return samples

@@ -16,6 +16,7 @@ from genssm.pipeline import Pipeline
 from genssm.sample_quality import (
     COPIED,
     classification_accuracy,
+    draw,
     evaluate_samples,
     frechet_distance,
     inception_score,
@@ -119,6 +120,16 @@ def test_samples_of_a_model_are_held_against_data(
     assert facts == evaluate_samples(pipe, tmp_path, 5, settings, file)  # type: ignore[arg-type]
     alone = evaluate_samples(pipe, tmp_path / "train", 4, settings, file)  # type: ignore[arg-type]
     assert "held out" not in alone
+
+
+def test_samples_of_different_classes_are_drawn_with_different_random_numbers(
+    make_checkpoint: Callable[[str], Checkpoint],
+):
+    pipe = Pipeline("small", make_checkpoint("audio"), engine="eager")
+    samples = draw(pipe, 5, {"max_tokens": 4, "seed": 1}, lambda note: None)
+    assert [sample.index for sample in samples] == list(range(5))
+    labels = [pipe.codec.label_of(sample.plan.tokens[0]) for sample in samples]
+    assert labels == ["one"] * 3 + ["two"] * 2
 
 
 def test_text_samples_of_a_model_need_no_classifier(

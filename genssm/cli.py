@@ -189,14 +189,14 @@ def sample(
         float | None,
         typer.Option(
             help="Over 1 stresses the class: any + w (class - any), in logits "
-            "(pictures 5, sound 3)."
+            "(pictures and sound 5)."
         ),
     ] = None,
     plausible: Annotated[
         float | None,
         typer.Option(
             help="With guidance over 1, keep what is this likely without it, relative to the "
-            "likeliest (sound 0.1)."
+            "likeliest (sound 0.15)."
         ),
     ] = None,
     rank: Annotated[
@@ -571,6 +571,9 @@ def evaluate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Over 1 stresses the class.")] = None,
+    plausible: Annotated[
+        float | None, typer.Option(help="With guidance over 1, keep what is this likely without.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Draw so many for each, keep the likeliest.")
     ] = None,
@@ -590,8 +593,8 @@ def evaluate(
     from genssm.sample_quality import classification_accuracy, evaluate_samples
     from genssm.sources import read_examples
 
-    options = {"temperature": temperature, "top_p": top_p, "guidance": guidance, "rank": rank,
-               "rank_by": rank_by, "trim": trim}  # fmt: skip
+    options = {"temperature": temperature, "top_p": top_p, "guidance": guidance,
+               "plausible": plausible, "rank": rank, "rank_by": rank_by, "trim": trim}  # fmt: skip
     given = {option: value for option, value in options.items() if value is not None}
     if samples is not None and limit is not None:
         raise UsageError("--limit is of data that is measured; --samples alone says how many")

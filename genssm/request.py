@@ -12,9 +12,9 @@ from genssm.settings import check_types
 DEFAULTS = {
     "text": SamplingConfig(temperature=0.8, top_p=0.95),
     "image": SamplingConfig(temperature=0.92),  # at 1, errors add up: noisier than the data
-    "audio": SamplingConfig(plausible=0.1, temperature=0.7),
+    "audio": SamplingConfig(plausible=0.15, temperature=0.9),
 }
-GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 3.0}  # by the class, where one is asked for
+GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 5.0}  # by the class, where one is asked for
 MOST_SAMPLES = 2**16  # of one request, those that ranking drops included
 CRITERIA = ("bits", "class")  # by which ranking chooses
 

@@ -99,6 +99,7 @@ def test_train_classify_and_judge_samples(run, tmp_path: Path):
     [
         (["--temperature", "1"], 2, "give --samples, too"),
         (["--classifier", "x"], 2, "give --samples, too"),
+        (["--plausible", "0.1"], 2, "give --samples, too"),
         (["--samples", "4", "--classify"], 2, "give one of them"),
         (["--samples", "4", "--limit", "2"], 2, "--samples alone says how many"),
     ],

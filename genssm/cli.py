@@ -189,7 +189,7 @@ def sample(
         float | None,
         typer.Option(
             help="Over 1 stresses the class: any + w (class - any), in logits "
-            "(pictures and sound 5)."
+            "(pictures 5, sound 5)."
         ),
     ] = None,
     plausible: Annotated[

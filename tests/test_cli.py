@@ -23,7 +23,7 @@ from genssm.cli import _draw, app
 from genssm.codec import Codec, Image
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
-from genssm.request import GUIDANCE
+from genssm.request import DEFAULTS, GUIDANCE
 
 COMMAND = [sys.executable, "-m", "genssm.cli"]
 
@@ -377,6 +377,7 @@ def test_help_states_the_defaults_that_depend_on_the_model(run) -> None:
     stated = " ".join(run("sample", "--help").stdout.split())
     for modality, name in (("image", "pictures"), ("audio", "sound")):
         assert f"{name} {GUIDANCE[modality]:g}" in stated
+    assert f"sound {DEFAULTS['audio'].plausible:g}" in stated
 
 
 def test_the_folder_of_a_training_names_the_checkpoint_inside(run, folders, tmp_path) -> None:

@@ -491,13 +491,13 @@ VIOLATIONS = "axe.run({resultTypes: ['violations']}).then((results) => results.v
 
 
 def looked_at(page: Page, stage: str) -> None:
-    """Every tab at two widths in light and dark."""
+    """Every tab at three widths in light and dark."""
     for tab in TABS:
         show(page, tab)
         for dark in (False, True):
             page.emulate_media(color_scheme="dark" if dark else "light")
             page.wait_for_selector("body.dark" if dark else "body:not(.dark)")
-            for width in (390, 1280):
+            for width in (390, 1280, 1920):
                 page.set_viewport_size({"width": width, "height": 900})
                 found = page.evaluate(VIOLATIONS)
                 place = f"{tab} {stage}, {width} px, {'dark' if dark else 'light'}"

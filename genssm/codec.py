@@ -7,6 +7,7 @@ any. ``encode(raw)`` â†’ 1-D int64 tokens, start included; ``decode(tokens)`` â†
 from __future__ import annotations
 
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -336,12 +337,13 @@ class _ImageDecoder(Decoder):
 
     def __init__(self, codec: Image) -> None:
         self.row_shape = (1, *codec.shape[1:])
+        self.size = math.prod(self.row_shape)
         self.row: list[int] = []
 
     def push(self, token: int) -> np.ndarray | None:
         if token < Image.n_outputs:
             self.row.append(token)
-        if len(self.row) < np.prod(self.row_shape):
+        if len(self.row) < self.size:
             return None
         row, self.row = np.array(self.row, np.uint8).reshape(self.row_shape), []
         return row

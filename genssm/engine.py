@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -250,8 +251,7 @@ class CompiledGeneration:
             draw_ahead([self])
         if self._error is not None:
             raise self._error
-        active = set(self.active)
-        return [drawn for drawn in self._ahead.pop() if drawn.sample in active]
+        return self._ahead.pop()
 
     def _draws(self, size: int) -> list[Draws]:
         """What decides the next block, part by part. Until ``_take`` the states are changing."""
@@ -287,19 +287,18 @@ class CompiledGeneration:
             self._error = NotFiniteError(self.model.model)
         parts = zip(self._parts, blocks, strict=True)
         rows = [
-            (sample, *drawn)
+            map(Drawn, repeat(sample), *drawn)
             for part, (tokens, bits) in parts
             for sample, *drawn in zip(part.held, tokens.tolist(), bits.tolist(), strict=True)
         ]
-        self._ahead = [
-            [Drawn(sample, tokens[t], bits[t]) for sample, tokens, bits in rows]
-            for t in reversed(range(size))
-        ]
+        self._ahead = [list(step) for step in zip(*rows, strict=True)]
+        self._ahead.reverse()
         self._drawing = False
 
     def finish(self, samples: set[int]) -> None:
         """Take samples out of the batch; the others go on as if nothing happened."""
         self.active = [sample for sample in self.active if sample not in samples]
+        self._ahead = [[d for d in step if d.sample not in samples] for step in self._ahead]
 
     def snapshot(self) -> Snapshot:
         """What the model remembered of every sample when the block in hand began."""

@@ -764,20 +764,19 @@ class CompiledModel:
         room, bits = memory.room, np.zeros(tokens.shape)
         uniforms = np.concatenate([d.uniforms for d in draws])
         settings = np.array([d.settings for d in draws for _ in d.seen], np.float64)
-        streams, reads, row = [], [], 0
+        streams, reads = [], []  # rows of each sample; the sample of each row
         for d in draws:
-            samples, rows = len(d.seen), d.memory.batch
-            own = np.arange(row, row + samples)
-            streams.append(np.stack([own, own + rows - samples], 1))
-            reads.append(np.tile(np.arange(samples) + sum(map(len, streams[:-1])), rows // samples))
-            row += rows
+            samples, rows, first = len(d.seen), d.memory.batch, len(reads)
+            reads += [len(streams) + row % samples for row in range(rows)]
+            streams += [(row, row + rows - samples) for row in range(first, first + samples)]
         gate = zeros(16, np.int64)
         arguments = (
             self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
             memory.work, memory.work.view(np.int32), self._digits, memory.history,
-            memory.positions, np.concatenate(reads), self._logits, self.config.n_outputs,
-            self._width, tokens, bits, given, scored, uniforms, settings, np.concatenate(streams),
-            seen, room.weights, room.weights.view(np.int32), room.changed, room.histogram,
+            memory.positions, np.array(reads, np.int64), self._logits, self.config.n_outputs,
+            self._width, tokens, bits, given, scored, uniforms, settings,
+            np.array(streams, np.int64), seen, room.weights, room.weights.view(np.int32),
+            room.changed, room.histogram,
         )  # fmt: skip
 
         def run(member: int) -> None:

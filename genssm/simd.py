@@ -78,13 +78,18 @@ def compiles_for(feature: str) -> bool:
 
 
 def multiplies_bytes() -> bool:
-    """Whether the processor sums products of bytes in words (VNNI)."""
-    return compiles_for("avx512vnni")
+    """Whether the processor sums products of bytes in words (VNNI), in its largest vectors."""
+    return compiles_for("avx512vnni" if compiles_for("avx512f") else "avxvnni")
 
 
-def has_wide_vectors() -> bool:
-    """Whether the processor has 32 registers of 16 floats (AVX-512)."""
-    return compiles_for("avx512f")
+def panels_abreast() -> int:
+    """Panels whose sums fit the registers, with weights and a value: those of AVX-512 hold four.
+
+    Those of AVX2 (16 of 8 floats) and NEON (32 of 4) hold two.
+    """
+    if compiles_for("avx512f"):
+        return 4
+    return 2 if compiles_for("avx2") or platform.machine() in ("arm64", "aarch64") else 1
 
 
 # Vector operations: each intrinsic is one LLVM instruction or two.
@@ -390,19 +395,37 @@ def _sums(
     return _loop(builder, inputs, [_ZERO] * (panels * rows * 2), body)
 
 
+def _add_products(builder: Any, sums: Any, digits: Any, weights: Any) -> Any:
+    """To each of 16 words, the products of four bytes without a sign and four with one."""
+    if compiles_for("avx512vnni"):
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return _call(builder, name, _WORDS, sums, digits, weights)
+    words, octets = ir.VectorType(_I32, LANES // 2), ir.VectorType(_I8, 2 * LANES)  # AVX-VNNI
+    undefined, parts = ir.Constant(_WORDS, ir.Undefined), []
+    for first in (0, LANES // 2):
+        mask = ir.Constant(words, [first + i for i in range(LANES // 2)])
+        total, *factors = (
+            builder.shuffle_vector(builder.bitcast(x, _WORDS), undefined, mask)
+            for x in (sums, digits, weights)
+        )
+        factors = [builder.bitcast(x, octets) for x in factors]
+        parts.append(_call(builder, "llvm.x86.avx512.vpdpbusd.256", words, total, *factors))
+    return builder.shuffle_vector(*parts, ir.Constant(_WORDS, list(range(LANES))))
+
+
 def _sums_of_digits(
-    builder: Any, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any,
-    offsets: Any,
+    builder: Any, halves: tuple[int, ...], rows: int, panels: int, matrix: Any, x: Any, stride: Any,
+    inputs: Any, offsets: Any,
 ) -> list[Any]:  # fmt: skip
     """``_sums`` of the rows that ``quantize`` makes: whole numbers, summed exactly.
 
-    Every digit of four inputs meets their weights in one instruction.
+    Every digit of four inputs meets their weights in one instruction. Of a panel some ``halves``.
     """
     size = _I64(4 * PANEL_BYTES[DIGITS])
     start = []
     for panel in range(panels):
         for _ in range(rows):
-            for half in range(2):
+            for half in halves:
                 place = _I64(panel * PANEL + half * LANES)
                 start += [ir.Constant(_WORDS, [0] * LANES)] * 2
                 start.append(_load(builder, offsets, place, _WORDS))
@@ -418,14 +441,12 @@ def _sums_of_digits(
         for panel in range(panels):
             skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(PANEL_BYTES[DIGITS]))
             address = builder.gep(matrix, [builder.add(skipped, builder.mul(group, size))])
-            pair = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in range(2)]
+            parts = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in halves]
             for row in range(rows):
-                for weights in pair:
-                    result += [
-                        _call(builder, "llvm.x86.avx512.vpdpbusd.512", _WORDS,
-                              sums[len(result) + digit], digits[row * 3 + digit], weights)
-                        for digit in range(3)
-                    ]  # fmt: skip
+                for weights in parts:
+                    for factor in digits[3 * row : 3 * row + 3]:
+                        before = sums[len(result)]
+                        result.append(_add_products(builder, before, factor, weights))
         return result
 
     sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
@@ -435,7 +456,7 @@ def _sums_of_digits(
         for digit, weight in ((middle, 256.0), (high, 65536.0)):
             factor = ir.Constant(_VECTOR, [weight] * LANES)
             value = _fma(builder, builder.sitofp(digit, _VECTOR), factor, value)
-        row = len(result) // 2 % rows
+        row = len(result) // len(halves) % rows
         place = builder.add(builder.mul(stride, _I64(row)), inputs)
         unit = _splat(builder, builder.load(builder.gep(x, [place])))
         result.append(builder.fmul(value, unit))
@@ -447,7 +468,13 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
     matrix, x, stride, inputs, y, outputs, table = places
     if kind == DIGITS:
         offsets = builder.gep(table, [builder.mul(outputs, _I64(2))])
-        found = _sums_of_digits(builder, rows, panels, matrix, x, stride, inputs, offsets)
+        found = [
+            value
+            for halves in HALVES
+            for value in _sums_of_digits(
+                builder, halves, rows, panels, matrix, x, stride, inputs, offsets
+            )
+        ]
     else:
         found = _sums(builder, kind, rows, panels, matrix, x, stride, inputs)
     sums = iter(found)
@@ -463,8 +490,11 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 
 
 # Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
-# sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums.
-TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 1))
+# sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
+# 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
+TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
+TILES_OF_DIGITS = TILES[1:] if compiles_for("avx512vnni") else TILES[-1:]
+HALVES = ((0, 1),) if compiles_for("avx512vnni") else ((0,), (1,))
 KINDS = (FP32, BF16, INT8, DIGITS) if multiplies_bytes() else (FP32, BF16, INT8)
 
 
@@ -492,7 +522,7 @@ def tile(
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
                 for chosen in KINDS:
-                    if chosen == DIGITS and size[0] == 8:
+                    if chosen == DIGITS and size not in TILES_OF_DIGITS:
                         continue
                     with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
                         _tile(builder, chosen, *size, *places)
@@ -545,21 +575,21 @@ def quantize(work, source, size, target):
 
 @njit(**_OPTIONS)
 def linear(
-    kind, wide, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch,
+    kind, abreast, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch,
     begin, finish,
 ):  # fmt: skip
     """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
 
     Of the outputs those from ``begin`` to ``finish``.
 
-    ``wide``: tiles for 32 registers of 16 floats; otherwise for 16 of 8. A sum runs over the inputs
-    in order whatever the tile. Four panels stay in the cache while they meet all rows.
+    ``abreast``: tiles that fit the registers, see ``panels_abreast``. A sum runs over the inputs in
+    order whatever the tile. Four panels stay in the cache while they meet all rows.
     ``digits``: room for ``quantize``.
     """
     size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
-    most, stride = (8 if wide else 2), inputs
+    most, stride = (8 if abreast == 4 else 2), inputs
     if kind == DIGITS:
-        stride, most = inputs + PANEL, 4
+        stride, most = inputs + PANEL, (4 if abreast == 4 else 1)
         for row in range(batch):
             quantize(work, x + row * inputs, inputs, digits + row * stride)
         x = digits
@@ -570,7 +600,7 @@ def linear(
             rows = most
             while rows > batch - row:
                 rows //= 2
-            together = max(1, 4 // rows) if wide else 1
+            together = 1 if kind == DIGITS and abreast < 4 else max(1, abreast // rows)
             panel, last = first, min(first + 4, end)
             while panel < last:
                 panels = together if panel + together <= last else 1
@@ -977,8 +1007,8 @@ def serially(
 
 @njit(**_OPTIONS)
 def advance(  # noqa: PLR0912
-    program, wide, kind, matrices, constants, taps, work, words, digits, history, tokens, t, reads,
-    positions, scratch, member, members, gate,
+    program, abreast, kind, matrices, constants, taps, work, words, digits, history, tokens, t,
+    reads, positions, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``.
 
@@ -1009,7 +1039,7 @@ def advance(  # noqa: PLR0912
             begin, finish = share(width // apart, member, members)
             for part in range(apart):
                 before = part * (width // apart)
-                linear(kind, wide, matrices, matrix + phase * extra, work, x, size, y, width,
+                linear(kind, abreast, matrices, matrix + phase * extra, work, x, size, y, width,
                        constants, table + phase * more, room, batch, before + begin,
                        before + finish)  # fmt: skip
         elif code == NORM:  # size: features that are no padding
@@ -1198,8 +1228,8 @@ def draw(
 
 @njit(**_OPTIONS)
 def run(
-    program, wide, kind, matrices, constants, taps, work, words, digits, history, positions, reads,
-    logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
+    program, abreast, kind, matrices, constants, taps, work, words, digits, history, positions,
+    reads, logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
     weights, keys, changed, histogram, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
@@ -1232,8 +1262,8 @@ def run(
                 whole = log_sum(work, own, size, width, weights)
                 bits[s, t] = (whole - work[own + tokens[s, t]]) / np.log(2.0)
         if not advance(
-            program, wide, kind, matrices, constants, taps, work, words, digits, history, tokens, t,
-            reads, positions, scratch, member, members, gate,
+            program, abreast, kind, matrices, constants, taps, work, words, digits, history, tokens,
+            t, reads, positions, scratch, member, members, gate,
         ):  # fmt: skip
             break
     restore_denormals(before)

@@ -571,7 +571,7 @@ class CompiledModel:
         self.model, self.weights = model, weights
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
-        self._wide = self._simd.has_wide_vectors()
+        self._abreast = self._simd.panels_abreast()
         self._paces: dict[int, Pace] = {}  # by rows of a batch
         self._thread = threading.local()  # room of each thread that steps
         self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
@@ -771,7 +771,7 @@ class CompiledModel:
             streams += [(row, row + rows - samples) for row in range(first, first + samples)]
         gate = zeros(16, np.int64)
         arguments = (
-            self._lines, self._wide, self._kind, self._matrices, self._constants, self._taps,
+            self._lines, self._abreast, self._kind, self._matrices, self._constants, self._taps,
             memory.work, memory.work.view(np.int32), self._digits, memory.history,
             memory.positions, np.array(reads, np.int64), self._logits, self.config.n_outputs,
             self._width, tokens, bits, given, scored, uniforms, settings,

@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 import torch
 from drawing import PROMPT, SETTINGS, drawn, tokens_of
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 import genssm
@@ -88,19 +89,27 @@ def test_steps_equal_the_eager_ones(
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 processors")
 @pytest.mark.parametrize(
-    ("name", "features"),
-    [("haswell", "+avx,+avx2,+fma,+bmi2,+f16c"), ("generic", "")],
-    ids=["AVX2", "SSE2"],
+    ("name", "features", "weights"),
+    [
+        ("haswell", "+avx,+avx2,+fma,+bmi2,+f16c", ""),
+        ("alderlake", "+avx,+avx2,+fma,+bmi2,+f16c,+avxvnni", "int8"),
+        ("generic", "", ""),
+    ],
+    ids=["AVX2", "AVX-VNNI", "SSE2"],
 )
-def test_code_for_lesser_processors_steps_alike(name: str, features: str, tmp_path: Path) -> None:
+def test_code_for_lesser_processors_steps_alike(
+    name: str, features: str, weights: str, tmp_path: Path
+) -> None:
     """The first test of this file, compiled for processors without what this one may have."""
+    if "avxvnni" in features and not get_host_cpu_features().get("avxvnni"):
+        pytest.skip("this processor has no AVX-VNNI")
     told = {
         "NUMBA_CPU_NAME": name,
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     first = test_steps_equal_the_eager_ones.__name__
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{first}"]
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{first}", "-k", weights]
     run = subprocess.run(
         command, env=os.environ | told, capture_output=True, text=True, timeout=600, check=False
     )
@@ -110,21 +119,24 @@ def test_code_for_lesser_processors_steps_alike(name: str, features: str, tmp_pa
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 features")
 @pytest.mark.parametrize(
-    "told",
-    [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+avx2"}, {"NUMBA_ENABLE_AVX": "0"}],
-    ids=lambda told: next(iter(told)),
+    ("name", "value", "panels"),
+    [
+        ("NUMBA_CPU_NAME", "generic", 1),
+        ("NUMBA_CPU_FEATURES", "+avx2", 2),
+        ("NUMBA_ENABLE_AVX", "0", 1),
+    ],
 )
-def test_code_uses_no_more_than_numba_is_told_of(told: dict[str, str]) -> None:
+def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, panels: int) -> None:
     """An instruction that it does not compile for ends the process."""
     code = (
         "from genssm.stepper import load_kernels; simd = load_kernels()\n"
-        "print(simd.has_wide_vectors(), simd.DIGITS in simd.KINDS)"
+        "print(simd.panels_abreast(), simd.DIGITS in simd.KINDS)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
-    assert run.stdout == "False False\n", run.stderr
+    assert run.stdout == f"{panels} False\n", run.stderr
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "image"])
@@ -134,7 +146,7 @@ def test_digits_give_what_floats_give(
     """int8 weights times float32 activations, by products of bytes and by products of floats."""
     simd = load_kernels()
     if not simd.multiplies_bytes():
-        pytest.skip("this processor cannot sum products of bytes (AVX-512 VNNI)")
+        pytest.skip("this processor cannot sum products of bytes (VNNI)")
     model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
     by_bytes = CompiledModel(model, "int8")
     monkeypatch.setattr(simd, "multiplies_bytes", lambda: False)
@@ -194,15 +206,15 @@ def test_states_go_back_and_forth(
 def test_a_row_does_not_depend_on_its_company(
     make_model: MakeModel, kind: str, weights: str
 ) -> None:
-    """To the last bit, in batches that use every tile, with wide vectors and without."""
+    """To the last bit, in batches that use every tile, of large registers and small."""
     model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
     compiled = CompiledModel(model, weights)
     _, state, tokens = start(model, 64)
     everyone = compiled.load(state)
     expected = [compiled.step(token, everyone) for token in tokens]
     for batch in (1, 3, 17):
-        for wide in (True, False):
-            compiled._wide = wide
+        for abreast in (4, 2, 1):
+            compiled._abreast = abreast
             memory = compiled.load(state.rows(torch.arange(batch)))
             for token, logits in zip(tokens, expected, strict=True):
                 assert torch.equal(compiled.step(token[:batch], memory), logits[:batch])

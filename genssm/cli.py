@@ -183,7 +183,9 @@ def sample(
     ] = "auto",
     weights: Annotated[
         str,
-        typer.Option(help="bf16, fp32 (exact) or int8 (fastest; cpu). The eager engine is exact."),
+        typer.Option(
+            help="bf16, fp32 (exact) or int8 (fastest with VNNI; cpu). The eager engine is exact."
+        ),
     ] = "bf16",
     guidance: Annotated[
         float | None,

@@ -1,4 +1,4 @@
-"""Draw docs/samples.png: sixteen pictures by cifar10 and ten digits spoken by digits.
+"""Draw docs/samples.png: two pictures of each class by cifar10 and ten digits spoken by digits.
 
 python docs/make_samples.py
 """
@@ -13,7 +13,7 @@ import genssm
 from genssm.files import grid, spectrogram
 
 SEED, SCALE = 1, 5
-PANEL = (176, 120)  # width and height of one spectrogram
+PANEL = (176, 150)  # width and height of one spectrogram
 
 
 def panel(wave: np.ndarray) -> PIL.Image.Image:
@@ -24,8 +24,13 @@ def panel(wave: np.ndarray) -> PIL.Image.Image:
 
 def main() -> None:
     """Sample both models and write the picture."""
-    pictures = grid([s.raw for s in genssm.load("cifar10").sample(count=16, seed=SEED)])
-    left = np.kron(pictures, np.ones((SCALE, SCALE, 1), np.uint8))
+    painter = genssm.load("cifar10")
+    pictures = [
+        sample.raw
+        for i, name in enumerate(painter.codec.classes)
+        for sample in painter.sample(label=name, count=2, first=2 * i, seed=SEED)
+    ]
+    left = np.kron(grid(pictures, 4), np.ones((SCALE, SCALE, 1), np.uint8))
     speaker = genssm.load("digits")
     gap = 10
     width = left.shape[1] + 2 * (PANEL[0] + gap)

@@ -493,8 +493,8 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 # sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
 # 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
 TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
-TILES_OF_DIGITS = TILES[1:] if compiles_for("avx512vnni") else TILES[-1:]
-HALVES = ((0, 1),) if compiles_for("avx512vnni") else ((0,), (1,))
+DIGITS_ABREAST = 4 if compiles_for("avx512vnni") else 1
+HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))
 KINDS = (FP32, BF16, INT8, DIGITS) if multiplies_bytes() else (FP32, BF16, INT8)
 
 
@@ -522,7 +522,7 @@ def tile(
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
                 for chosen in KINDS:
-                    if chosen == DIGITS and size not in TILES_OF_DIGITS:
+                    if chosen == DIGITS and size[0] * size[1] > DIGITS_ABREAST:
                         continue
                     with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
                         _tile(builder, chosen, *size, *places)
@@ -589,7 +589,7 @@ def linear(
     size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
     most, stride = (8 if abreast == 4 else 2), inputs
     if kind == DIGITS:
-        stride, most = inputs + PANEL, (4 if abreast == 4 else 1)
+        stride, most, abreast = inputs + PANEL, DIGITS_ABREAST, DIGITS_ABREAST
         for row in range(batch):
             quantize(work, x + row * inputs, inputs, digits + row * stride)
         x = digits
@@ -600,7 +600,7 @@ def linear(
             rows = most
             while rows > batch - row:
                 rows //= 2
-            together = 1 if kind == DIGITS and abreast < 4 else max(1, abreast // rows)
+            together = max(1, abreast // rows)
             panel, last = first, min(first + 4, end)
             while panel < last:
                 panels = together if panel + together <= last else 1

@@ -100,7 +100,7 @@ def test_steps_equal_the_eager_ones(
 def test_code_for_lesser_processors_steps_alike(
     name: str, features: str, weights: str, tmp_path: Path
 ) -> None:
-    """The first test of this file, compiled for processors without what this one may have."""
+    """Two tests of this file, compiled for processors without what this one may have."""
     if "avxvnni" in features and not get_host_cpu_features().get("avxvnni"):
         pytest.skip("this processor has no AVX-VNNI")
     told = {
@@ -108,8 +108,9 @@ def test_code_for_lesser_processors_steps_alike(
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    first = test_steps_equal_the_eager_ones.__name__
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{first}", "-k", weights]
+    tests = (test_steps_equal_the_eager_ones, test_a_row_does_not_depend_on_its_company)
+    named = [f"{__file__}::{test.__name__}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-q", *named, "-k", weights]
     run = subprocess.run(
         command, env=os.environ | told, capture_output=True, text=True, timeout=600, check=False
     )

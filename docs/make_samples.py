@@ -11,6 +11,7 @@ import PIL.ImageDraw
 
 import genssm
 from genssm.files import grid, spectrogram
+from genssm.sample_quality import draw
 
 SEED, SCALE = 1, 5
 PANEL = (176, 150)  # width and height of one spectrogram
@@ -24,13 +25,8 @@ def panel(wave: np.ndarray) -> PIL.Image.Image:
 
 def main() -> None:
     """Sample both models and write the picture."""
-    painter = genssm.load("cifar10")
-    pictures = [
-        sample.raw
-        for i, name in enumerate(painter.codec.classes)
-        for sample in painter.sample(label=name, count=2, first=2 * i, seed=SEED)
-    ]
-    left = np.kron(grid(pictures, 4), np.ones((SCALE, SCALE, 1), np.uint8))
+    drawn = draw(genssm.load("cifar10"), 20, {"seed": SEED}, print)
+    left = np.kron(grid([s.raw for s in drawn], 4), np.ones((SCALE, SCALE, 1), np.uint8))
     speaker = genssm.load("digits")
     gap = 10
     width = left.shape[1] + 2 * (PANEL[0] + gap)

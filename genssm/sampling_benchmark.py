@@ -159,7 +159,7 @@ def _reader() -> Callable[[np.ndarray, int], int]:
     return read_all
 
 
-def read_bandwidth(n_bytes: float, threads: int, repeats: int = 5) -> float:
+def read_bandwidth(n_bytes: float, threads: int) -> float:
     """Bytes a second that threads read from a buffer of so many bytes, over and over: the best.
 
     The buffer is rounded up to MiB; every thread reads its own part of it.
@@ -172,7 +172,7 @@ def read_bandwidth(n_bytes: float, threads: int, repeats: int = 5) -> float:
         in_threads(lambda part: read_all(part, passes), parts, threads)
 
     run()
-    return passes * mebibytes * MiB / min(_seconds(run) for _ in range(repeats))
+    return passes * mebibytes * MiB / min(_seconds(run) for _ in range(5))
 
 
 def last_level_cache() -> int | None:

@@ -128,7 +128,11 @@ def _resident() -> tuple[int, int] | None:
 
 
 def measure_cost(case: Case, repeats: int = 3) -> Cost:
-    """Forward and backward of one layer on one sequence. Memory is right in a fresh process."""
+    """Forward and backward of one layer on one sequence.
+
+    Memory is right in a fresh process, to some hundred KiB: the system counts pages for each
+    processor apart, so that a peak can be read as less than what was there before it.
+    """
     torch.manual_seed(0)
     layer = build_layer(case.kind, case.H, case.N, case.L).to(case.device)
     u = torch.randn(1, case.L, case.H, device=case.device)
@@ -148,7 +152,7 @@ def measure_cost(case: Case, repeats: int = 3) -> Cost:
         resident = _resident()
         step()
         after = _resident()
-        memory = None if resident is None or after is None else after[1] - resident[0]
+        memory = None if resident is None or after is None else max(0, after[1] - resident[0])
     seconds = _median_seconds(step, case.device, repeats)
     return Cost(case.kind, case.N, case.L, case.H, seconds, memory)
 

@@ -887,11 +887,14 @@ def add_entry(work, target, constants, entry, width):
 
 
 @njit(**_OPTIONS)
-def add_token(history, column, work, target, width, constants, table):
-    """Add an embedding of the token in a column of the history, if there is one yet."""
+def add_token(history, column, positions, t, first, work, target, width, constants, table):
+    """Add an embedding of the token in a column of the history, if there is one yet.
+
+    Before position ``first`` there is none: a token that is foretold counts once it is read.
+    """
     for row in range(history.shape[0]):
         token = history[row, column]
-        if token >= 0:
+        if token >= 0 and positions[row] + t >= first:
             add_entry(work, target + row * width, constants, table + token * width, width)
 
 
@@ -906,7 +909,7 @@ def add_progress(
     ``table``: ``parts`` embeddings, one for what comes after the clip, one for open durations.
     """
     for row in range(history.shape[0]):
-        if history[row, 1] < 0:
+        if history[row, 1] < 0 or positions[row] + t < 1:
             continue
         time = max(0, positions[row] + t - opening)
         which = history[row, 1] - first
@@ -987,8 +990,8 @@ def serially(
     batch = history.shape[0]
     if code == EMBED:  # size: columns of the history that hold the first tokens
         embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
-    elif code == TOKEN:  # size: the column of the history
-        add_token(history, size, work, y, width, constants, table)
+    elif code == TOKEN:  # size: the column of the history; extra: the position it counts from
+        add_token(history, size, positions, t, extra, work, y, width, constants, table)
     elif code == TAPS:  # source: the prediction; size: phases
         phase = (positions[0] + t) % size
         gather_taps(work, y, width, history, taps, x, constants, table, phase)

@@ -368,7 +368,7 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
     if inputs.condition is not None:
         place = program.constant(np.pad(_numpy(inputs.condition.weight), padding))
         for column in range(kept):
-            program.emit(simd.TOKEN, 0, x, width, place, size=column)
+            program.emit(simd.TOKEN, 0, x, width, place, size=column, extra=column)
     if inputs.progress is not None:
         place = program.constant(np.pad(_numpy(inputs.progress.table), padding))
         pace = program.constant(program.features(_numpy(inputs.progress.pace(model.rate))))

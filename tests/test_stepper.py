@@ -334,9 +334,26 @@ def test_draws_guided_by_an_open_stream_equal_the_eager_ones(
 
     eager, compiled = guided(model), guided(CompiledModel(model, "fp32"))
     assert tokens_of(compiled) == tokens_of(eager)
+    for sample, expected in zip(compiled, eager, strict=True):
+        assert [d.bits for d in sample] == pytest.approx([d.bits for d in expected], abs=1e-4)
     plain = read(model, guide.tokens)  # it reads what is drawn
     other = begin(model, own, SamplingConfig(), seed=7, indices=range(3), guide=plain, guidance=2.0)
     assert (tokens_of(drawn(other, 30)) == tokens_of(eager)) == (told == 3)
+
+
+@pytest.mark.parametrize("told", [1, 2])
+def test_steps_of_an_open_stream_equal_the_eager_ones(
+    make_model: MakeModel, assert_near: AssertNear, told: int
+) -> None:
+    """What is foretold counts from its place on, and not before."""
+    model = to_recurrent(make_model("pooled"))
+    start = read(model, torch.tensor([20] * told))
+    state, logits = model.foretold(start.state, 20), start.logits
+    compiled = CompiledModel(model, "fp32")
+    memory = compiled.load(state, logits)
+    for token in (18, 3, 5, 7):
+        expected, state = model.step(torch.tensor([token]), state)
+        assert_near(compiled.step(torch.tensor([token]), memory), expected, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("guidance", [-0.5, 0.0, 0.3, 1.7, 4.0])
@@ -511,6 +528,19 @@ def test_shipped_models_draw_the_same_tokens(name: str) -> None:
     assert tokens_of(samples) == tokens_of(eager)
     for sample, expected in zip(samples, eager, strict=True):
         assert [d.bits for d in sample] == pytest.approx([d.bits for d in expected], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("wiki", "The"), ("cifar10", "frog"), ("digits", "7")]
+)
+def test_shipped_models_draw_by_default_what_the_eager_ones_do(name: str, prompt: str) -> None:
+    """As of ``genssm sample``: with guidance and an open length, where the modality has them."""
+    asked: dict[str, Any] = {"seed": 3, "count": 3, "max_tokens": 60}
+    eager = genssm.load(name, engine="eager").sample(prompt, **asked)
+    compiled = genssm.load(name, weights="fp32").sample(prompt, **asked)
+    assert [s.tokens for s in compiled] == [s.tokens for s in eager]
+    for sample, expected in zip(compiled, eager, strict=True):
+        assert sample.token_bits == pytest.approx(expected.token_bits, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "pooled"])

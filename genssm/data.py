@@ -32,6 +32,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARQUET = ".parquet"
+_DAMAGES = (tarfile.TarError, OSError, EOFError, lzma.LZMAError)  # of an archive or file
 LONGEST_SOUND = 2**27  # samples over all channels that a sound file may decode to
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -55,29 +56,36 @@ def read_examples(path: Path, codec: Codec, skip: bool = False) -> Iterator[Exam
         "image": lambda: read_pictures(path, codec, skip),  # type: ignore[arg-type]
         "audio": lambda: read_clips(path, codec, skip),  # type: ignore[arg-type]
     }
-    if not path.exists():
+    if not path.exists() and not files_at(path):
         raise ValueError(f"there is no file or folder {str(path)!r}")
     return readers[codec.modality]()
+
+
+def files_at(path: Path) -> list[Path]:
+    """The file at ``path``, the files of the folder, or those of a pattern, by name."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else sorted(path.parent.glob(path.name))
 
 
 def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
     """Documents of a UTF-8 text file (also .bz2, .xz, .gz) or a parquet file with a column "text".
 
-    Of a folder, those of all such files; with ``skip`` those that are not readable are left out.
+    Of a folder, those of all text files, then those of the parquet files: one table, in which a
+    document may go on from file to file. With ``skip`` files that are not readable are left out.
     """
+    tables = _tables(path)
+    files = [file for file in files_at(path) if file not in tables]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if {".txt", PARQUET} & set(p.suffixes))
-        if not files:
+        files = [file for file in files if ".txt" in map(str.lower, file.suffixes)]
+        if not files and not tables:
             raise ValueError(f"the folder {str(path)!r} holds no .txt file")
-        for documents in _readable((partial(_documents, file) for file in files), skip):
-            yield from documents
-        return
-    yield from _documents(path)
+    for documents in _readable((partial(_documents, file) for file in files), skip):
+        yield from documents
+    yield from documents_of_rows(row.get("text") for row in _rows(tables, skip))
 
 
 def _documents(path: Path) -> list[str]:
-    if path.suffix == PARQUET:
-        return list(documents_of_rows(row.get("text") for row in read_rows(path)))
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             text = file.read().decode()
@@ -97,7 +105,10 @@ def _split(text: str) -> Iterator[str]:
 
 
 def documents_of_rows(rows: Iterable[Any]) -> Iterator[str]:
-    """Each row a document; or, where the first begins one in WikiText's form, each row a line."""
+    """Each row a document; or, where the first begins one in WikiText's form, each row a line.
+
+    Of those an empty row is a line that was blank, " \\n" in WikiText's own files.
+    """
     lines: list[str] | None = None
     for row in rows:
         if not isinstance(row, str):
@@ -111,7 +122,7 @@ def documents_of_rows(rows: Iterable[Any]) -> Iterator[str]:
             if _DOCUMENT.match(row):
                 yield from _split("".join(lines))
                 lines = []
-            lines.append(row)
+            lines.append(row or " \n")
     yield from _split("".join(lines or []))
 
 
@@ -119,8 +130,8 @@ def read_pictures(path: Path, codec: Image, skip: bool = False) -> Iterator[Exam
     """Pictures of a .npy file of uint8 (n, H, W[, C]), of a folder or tar of picture files, or of
     parquet files with a column "image" or "img".
 
-    Labels: ``<name>_labels.npy`` beside a .npy file, the folder's name for picture files, the
-    column "label" of a parquet file.
+    Labels: ``<name>_labels.npy`` beside a .npy file, the nearest folder with the name of one for
+    picture files, the column "label" of a parquet file.
     """
     if path.suffix == ".npy":
         array, labels = open_picture_array(path, codec)
@@ -130,14 +141,17 @@ def read_pictures(path: Path, codec: Image, skip: bool = False) -> Iterator[Exam
             )
         return
     if tables := _tables(path):
-        yield from examples_of_rows(chain(*map(read_rows, tables)), codec, skip)
+        yield from examples_of_rows(_rows(tables, skip), codec, skip)
         return
 
-    def read(name: PurePosixPath, data: bytes) -> Example:
-        label = name.parent.name if name.parent.name in codec.labels else None
-        return Example(_fitting_picture(data, codec, str(name)), label)
+    def read(name: PurePosixPath, load: Callable[[], bytes]) -> Example:
+        return Example(_fitting_picture(load(), codec, str(name)), _folder_label(name, codec))
 
     yield from _readable((partial(read, *member) for member in _members(path, PICTURES)), skip)
+
+
+def _folder_label(name: PurePosixPath, codec: Codec) -> str | None:
+    return next((folder.name for folder in name.parents if folder.name in codec.labels), None)
 
 
 def _fitting_picture(data: bytes, codec: Image, name: str) -> np.ndarray:
@@ -179,35 +193,60 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
 
     try:
         with PIL.Image.open(file) as picture:
-            if picture.width * picture.height > 50_000_000:
-                raise ValueError(
-                    f"the picture {name!r} is larger than 50 million pixels; scale it down"
-                )
-            converted = picture.convert("RGB" if codec.shape[2] == 3 else "L")
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            large = picture.width * picture.height > 50_000_000
+            array = None if large else _pixels(picture, "RGB" if codec.shape[2] == 3 else "L")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{name!r} is not a readable picture") from error
-    array = np.asarray(converted)
+    if array is None:
+        raise ValueError(f"the picture {name!r} is larger than 50 million pixels; scale it down")
     return array if array.ndim == 3 else array[..., None]
+
+
+def _pixels(picture: Any, mode: str) -> np.ndarray:
+    """A picture of PIL as uint8 "RGB" or "L"; what is transparent is white."""
+    import PIL.Image
+
+    if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+        picture = PIL.Image.fromarray((np.asarray(picture, np.int64) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert(mode))
 
 
 def read_clips(path: Path, codec: Audio, skip: bool = False) -> Iterator[Example]:
     """Clips of one sound file, of a folder or tar of sound files, or of parquet files with a column
     "audio", at the rate of the codec.
 
-    Labels: as much of the file name, up to a "_", as is a label ("7_jackson_12" is one of
-    "7_jackson", or else of "7"), or else the folder's name; the column "label" of a parquet file.
+    Labels: the nearest folder with the name of one, or else as much of the file name, up to a "_",
+    as is a label ("7_jackson_12" is one of "7_jackson", or else of "7"; the first in a folder "7",
+    too); the column "label" of a parquet file.
     """
     if tables := _tables(path):
-        yield from examples_of_rows(chain(*map(read_rows, tables)), codec, skip)
+        yield from examples_of_rows(_rows(tables, skip), codec, skip)
         return
 
-    def read(name: PurePosixPath, data: bytes) -> Example:
-        parts = name.stem.split("_")
-        candidates = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)] + [name.parent.name]
-        label = next((c for c in candidates if c in codec.labels), None)
-        return Example(read_sound(io.BytesIO(data), codec, str(name)), label)
+    def read(name: PurePosixPath, load: Callable[[], bytes]) -> Example:
+        data = load()
+        wave = read_sound(io.BytesIO(data), codec, str(name))
+        if _is_cut_short(data):
+            raise ValueError(f"{str(name)!r} is cut short: its header tells of more samples")
+        return Example(wave, _sound_label(name, codec))
 
     yield from _readable((partial(read, *member) for member in _members(path, SOUNDS)), skip)
+
+
+def _sound_label(name: PurePosixPath, codec: Codec) -> str | None:
+    parts, folder = name.stem.split("_"), _folder_label(name, codec)
+    candidates = ("_".join(parts[:n]) for n in range(len(parts), 0, -1))
+    own = next((c for c in candidates if c in codec.labels), None)
+    return folder if folder and (own is None or codec.broader(own) != folder) else own
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Whether these are the beginning of a WAV file; one that was streamed states no length."""
+    stated = int.from_bytes(data[4:8], "little")
+    return data[:4] == b"RIFF" and stated < 2**32 - 256 and len(data) < stated + 8
 
 
 def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
@@ -223,14 +262,26 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
-    return codec.waveform(wave, sound.samplerate)
+    try:
+        return codec.waveform(wave, sound.samplerate)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
 
 
 def _tables(path: Path) -> list[Path]:
     """The parquet files at ``path``, by name."""
-    if path.is_dir():
-        return sorted(path.rglob(f"*{PARQUET}"))
-    return [path] if path.suffix == PARQUET else []
+    return [file for file in files_at(path) if file.suffix.lower() == PARQUET]
+
+
+def _rows(tables: Iterable[Path], skip: bool) -> Iterator[dict[str, Any]]:
+    """The rows of parquet files, with ``skip`` without what is not readable of them."""
+    for table in tables:
+        try:
+            yield from read_rows(table)
+        except ValueError as error:
+            if not skip:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -300,17 +351,22 @@ def _readable(readers: Iterable[Callable[[], T]], skip: bool) -> Iterator[T]:
             yield item
 
 
-def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Names and bytes of one file, a folder's files or a tar archive's members, sorted by name."""
+def _members(
+    path: Path, suffixes: tuple[str, ...]
+) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+    """One file, a folder's files or a tar archive's members, sorted by name: names, and readers."""
     found = False
-    if path.suffix.lower() in suffixes:
-        yield PurePosixPath(path.name), path.read_bytes()
+    if path.suffix.lower() in suffixes and not path.is_dir():
+        yield PurePosixPath(path.name), partial(_bytes, path, path.read_bytes)
         return
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in suffixes:
+            if file.suffix.lower() in suffixes and not file.is_dir():
                 found = True
-                yield PurePosixPath(*file.relative_to(path).parts), file.read_bytes()
+                yield (
+                    PurePosixPath(*file.relative_to(path).parts),
+                    partial(_bytes, file, file.read_bytes),
+                )
     else:
         try:
             with tarfile.open(path) as archive:
@@ -319,22 +375,34 @@ def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixP
                         found = True
                         file = archive.extractfile(member)
                         assert file is not None
-                        yield PurePosixPath(member.name), file.read()
-        except (tarfile.TarError, OSError, EOFError, lzma.LZMAError) as error:
+                        yield PurePosixPath(member.name), partial(_bytes, member.name, file.read)
+        except _DAMAGES as error:
             reason = str(error).partition("\n")[0].rstrip(":")  # without a line for each format
             raise ValueError(f"{str(path)!r} is not a readable tar archive: {reason}") from error
     if not found:
         raise ValueError(f"{str(path)!r} holds no file ending in {', '.join(suffixes)}")
 
 
+def _bytes(name: Path | str, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except _DAMAGES as error:
+        raise ValueError(f"{str(name)!r} is not readable: {error}") from error
+
+
 def find_split(path: Path, split: str, modality: str) -> Path:
-    """The file or folder of a split inside a data folder: ``train*`` or ``validation*``."""
+    """The file or folder of a split inside a data folder: ``train*`` or ``validation*``.
+
+    Or the pattern of its parquet files where there are several, ``train-00000-of-00002.parquet``.
+    """
     if not path.is_dir():
         raise ValueError(
             f"training data must be a folder with train and validation files, got {str(path)!r}"
         )
     suffixes = {".txt", PARQUET} if modality == "text" else set()
-    found = [
+    shards = path / f"{split}-[0-9]*-of-[0-9]*{PARQUET}"
+    found = [shards] if files_at(shards) else []
+    found += [
         p
         for p in sorted(path.iterdir())
         if p.name.split(".")[0] == split
@@ -343,6 +411,7 @@ def find_split(path: Path, split: str, modality: str) -> Path:
     if len(found) != 1:
         raise ValueError(
             f"the folder {str(path)!r} must hold one file or folder named {split!r} (such as "
-            f"{split}.txt, {split}.npy, {split}.tar or {split}/), found {len(found)}"
+            f"{split}.txt, {split}.npy, {split}.tar, {split}/ or {split}-00000-of-00001.parquet), "
+            f"found {len(found)}"
         )
     return found[0]

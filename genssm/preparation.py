@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -81,7 +81,7 @@ def _batches(
         known = given if isinstance(given, Text) else None
         text = _tokenizer(source, out, recipe.codec["vocab_size"], known, skip)
         stream = open_tokens(
-            out / f"tokens-{fingerprint(source.fingerprint(), text.tokenizer)}",
+            out / _stream_name(source, text.tokenizer, skip),
             lambda: map(text.encode, source.documents(skip)),
             text.vocab_size,
         )
@@ -94,13 +94,13 @@ def _batches(
         if source.path is not None and source.path.suffix == ".npy":
             pictures, labels = open_picture_array(source.path, codec)
         else:
-            pictures, labels = _stack_pictures(source.examples(codec, skip), codec)
+            pictures, labels = _stack_pictures(_told(source, codec, skip), codec)
         return codec, PictureBatches(
             pictures, labels, codec, settings.batch_size, settings.seed, settings.flip
         ).batch
     stream = open_tokens(
-        out / f"tokens-{fingerprint(source.fingerprint(), json.dumps(codec.to_config()).encode())}",
-        lambda: (codec.encode(e.raw, e.label) for e in source.examples(codec, skip)),
+        out / _stream_name(source, json.dumps(codec.to_config()).encode(), skip),
+        lambda: (codec.encode(e.raw, e.label) for e in _told(source, codec, skip)),
         codec.vocab_size,
     )
     batches = ClipBatches(
@@ -114,6 +114,29 @@ def _batches(
             stacklevel=2,
         )
     return codec, batches.batch
+
+
+def _stream_name(source: Split, tokenizer: bytes, skip: bool) -> str:
+    """Of the token cache; ``skip`` may have left out a part of the source."""
+    return f"tokens-{fingerprint(source.fingerprint() + b'skip' * skip, tokenizer)}"
+
+
+def _told(source: Split, codec: Codec, skip: bool) -> Iterator[Example]:
+    """The examples; at their end a warning tells how many have no class that the codec knows."""
+    count, unknown = 0, 0
+    for count, example in enumerate(source.examples(codec, skip), 1):  # noqa: B007
+        unknown += example.label is None
+        yield example
+    if codec.labels and unknown:
+        warnings.warn(
+            f"{unknown} of {count} examples are of no class that the model knows and are trained "
+            f"as any; its classes are the names of folders, files or labels: {_some(codec.labels)}",
+            stacklevel=2,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,21 @@ the spoken digits of Speech Commands equally from the folder of torchaudio's own
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genssm.codec import Audio, Codec, Image
-from genssm.data import Example, documents_of_rows, examples_of_rows, find_split, read_documents
+from genssm.data import (
+    Example,
+    documents_of_rows,
+    examples_of_rows,
+    files_at,
+    find_split,
+    read_documents,
+)
 from genssm.data import read_examples as read_local
 
 _OWN = {split: split for split in ("train", "validation", "test")}
@@ -89,7 +97,7 @@ class Split:
         if self.path is None:
             return f"{self.public} {self.name} {self._set}".encode()
         digest = hashlib.sha256()
-        for file in sorted(p for p in (self.path, *self.path.rglob("*")) if p.is_file()):
+        for file in files_at(self.path):
             facts, name = file.stat(), file.relative_to(self.path.parent).as_posix()
             digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.digest()
@@ -177,8 +185,8 @@ def comes_in_splits(data: Path) -> bool:
     """Whether ``open_split`` finds training and validation data apart."""
     if not data.exists():
         return str(data) in PUBLIC
-    names = {file.name.split(".")[0] for file in data.iterdir()} if data.is_dir() else set()
-    return {"train", "validation"} <= names or (data / _SPEECH_COMMANDS).is_dir()
+    names = [re.split(r"\.|-\d+-of-", file.name)[0] for file in data.glob("*")]
+    return {"train", "validation"} <= {*names} or (data / _SPEECH_COMMANDS).is_dir()
 
 
 def read_examples(data: Path, codec: Codec) -> Iterator[Example]:

@@ -15,6 +15,7 @@ import pytest
 from genssm.codec import Audio, Image, Text
 from genssm.data import (
     Example,
+    files_at,
     find_split,
     open_picture_array,
     read_clips,
@@ -202,7 +203,67 @@ def test_picture_file_that_is_not_readable_is_named(
             list(read_pictures(tmp_path, IMAGE))
 
 
+def test_sixteen_bits_keep_their_range_and_what_is_transparent_is_white(tmp_path: Path):
+    import PIL.Image
+
+    PIL.Image.fromarray(np.full((2, 3), 257 * 78, np.uint16)).save(tmp_path / "deep.png")
+    clear = np.full((2, 3, 4), 9, np.uint8)
+    clear[0, 0, 3], clear[1:, :, 3] = 0, 255
+    PIL.Image.fromarray(clear).save(tmp_path / "clear.png")
+    rgb = Image(2, 3, 3)
+    (example,) = read_pictures(tmp_path / "deep.png", rgb)
+    np.testing.assert_array_equal(example.raw, np.full((2, 3, 3), 78))
+    (example,) = read_pictures(tmp_path / "clear.png", rgb)
+    assert example.raw[0, 0].tolist() == [255] * 3
+    assert example.raw[1].tolist() == [[9] * 3] * 3
+
+
 # Sound
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "folder", "dangling", "not finite"])
+def test_a_damaged_clip_among_others_is_named_or_left_out(
+    damage: str, skip: bool, tmp_path: Path, write_sound: Write
+):
+    import soundfile
+
+    bad = tmp_path / "two_bad.wav"
+    for name in ("one_a.wav", "two_z.wav"):
+        write_sound(tmp_path / name, np.zeros(50))
+    if damage == "cut":
+        whole = write_sound(bad, np.zeros(900)).read_bytes()
+        bad.write_bytes(whole[:200])
+    elif damage == "folder":
+        bad.mkdir()
+    elif damage == "dangling":
+        bad.symlink_to(tmp_path / "nowhere")
+    else:
+        soundfile.write(bad, np.full(50, np.nan, np.float32), 8000, "FLOAT")
+    found = read_clips(tmp_path, AUDIO, skip)
+    if damage == "folder":  # which is none of the files
+        assert [e.label for e in found] == ["one", "two"]
+    elif skip:
+        with pytest.warns(UserWarning, match=r"left out: .*two_bad.wav"):
+            assert [e.label for e in found] == ["one", "two"]
+    else:
+        with pytest.raises(ValueError, match=r"two_bad.wav"):
+            list(found)
+
+
+def test_the_folder_of_a_clip_wins_over_its_name(tmp_path: Path, write_sound: Write):
+    """Unless the name tells more: which speaker of the class."""
+    codec = Audio(8000, labels=("one", "two", "one_jim"))
+    names = {
+        "one/0/two_take.wav": "one",
+        "one/one_jim_3.wav": "one_jim",
+        "two/one_jim_3.wav": "two",
+        "other/two_take.wav": "two",
+        "other/one_jim.wav": "one_jim",
+    }
+    for name in names:
+        write_sound(tmp_path / name, np.zeros(50))
+    assert [e.label for e in read_clips(tmp_path, codec)] == [names[n] for n in sorted(names)]
 
 
 def test_clips_are_read_from_a_folder_with_the_class_in_their_names(
@@ -303,6 +364,16 @@ def test_a_split_is_found_by_its_name(modality: str, name: str, tmp_path: Path):
         else:
             path.touch()
     assert find_split(tmp_path, "train", modality) == tmp_path / name
+
+
+def test_a_split_is_found_in_its_numbered_tables(tmp_path: Path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").touch()
+    found = find_split(tmp_path, "train", "text")
+    assert [file.name[:11] for file in files_at(found)] == ["train-00000", "train-00001"]
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(ValueError, match="found 2"):
+        find_split(tmp_path, "train", "text")
 
 
 def test_no_split_or_two_are_refused(tmp_path: Path):

@@ -138,6 +138,44 @@ def test_parquet_text_is_read_as_the_text_file(tmp_path: Path):
         list(read_documents(other))
 
 
+def test_an_article_goes_on_in_the_next_table(tmp_path: Path):
+    """Tables named as the Hub names its own; cut within the first article."""
+    for split in ("train", "validation"):
+        for i, part in enumerate((LINES[:4], LINES[4:])):
+            write_table(tmp_path / f"{split}-0000{i}-of-00002.parquet", {"text": part})
+    split = open_split(tmp_path, "train", "text")
+    assert list(split.documents()) == ARTICLES
+    assert comes_in_splits(tmp_path)
+    before = split.fingerprint()
+    write_table(tmp_path / "train-00001-of-00002.parquet", {"text": LINES})
+    assert split.fingerprint() != before
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_damaged_table_among_others_is_fatal_or_left_out(skip: bool, cells, tmp_path: Path):
+    made, raws = cells("image", 3)
+    for i, cell in enumerate(made):
+        write_table(tmp_path / "t" / f"{i}.parquet", {"image": [cell], "label": [0]})
+    (tmp_path / "t" / "1.parquet").write_bytes(b"PAR1 and no more")
+    found = read_examples(tmp_path / "t", IMAGE, skip)
+    if skip:
+        with pytest.warns(UserWarning, match=r"left out: .*1.parquet' is not a readable"):
+            assert_same_examples(list(found), [raws[0], raws[2]], ["cat", "cat"])
+    else:
+        with pytest.raises(ValueError, match=r"1.parquet' is not a readable"):
+            list(found)
+
+
+def test_examples_of_no_known_class_are_told(tmp_path: Path, write_picture: Callable[..., Path]):
+    for i, folder in enumerate(("0", "1", "zero", "one", "2")):
+        for split in ("train", "validation"):
+            file = tmp_path / "data" / split / folder / f"{i}.png"
+            write_picture(file, np.full((28, 28), i, np.uint8))
+    recipe = RECIPES["mnist"].changed({"batch_size": 2})
+    with pytest.warns(UserWarning, match="2 of 5 examples are of no class that the model knows"):
+        prepare(recipe, tmp_path / "data", tmp_path / "out", None, None)
+
+
 def tmp_path_with(table: Path, folder: Path) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "train.parquet").write_bytes(table.read_bytes())

@@ -69,7 +69,7 @@ class Classifier(nn.Module):
     def prepare(self, raws: Sequence[Raw]) -> Tensor:
         """Pictures → (B, C, H, W) on [-1, 1]; sounds → their log-mel spectrograms (B, 1, bands, T).
 
-        Shorter sounds are padded with silence, which is heard as such.
+        Shorter sounds are padded with silence to the longest, and it is heard as such.
         """
         if isinstance(self.codec, Image):
             pictures = torch.from_numpy(np.stack([self.codec.array(raw) for raw in raws]))
@@ -80,10 +80,14 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, raws: Sequence[Raw]) -> tuple[Tensor, Tensor]:
-        """Features (n, FEATURES) and probabilities (n, classes) of n pictures or sounds."""
+        """Features (n, FEATURES) and probabilities (n, classes) of n pictures or sounds.
+
+        Sounds are heard one by one, so that no company lengthens them.
+        """
         self.eval()
-        parts = [self.features(self.prepare(raws[i : i + _BATCH]))
-                 for i in range(0, len(raws), _BATCH)]  # fmt: skip
+        size = 1 if isinstance(self.codec, Audio) else _BATCH
+        parts = [self.features(self.prepare(raws[i : i + size]))
+                 for i in range(0, len(raws), size)]  # fmt: skip
         features = torch.cat(parts)
         return features, self.out(features).softmax(-1)
 

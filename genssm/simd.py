@@ -123,6 +123,11 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return _call(builder, "llvm.fmuladd.v16f32", _VECTOR, a, b, c)
 
 
+def _chosen(builder: Any, order: str, a: Any, b: Any) -> Any:
+    """a where it is larger (smaller), and b elsewhere: also where one of them is no number."""
+    return builder.select(builder.fcmp_ordered(order, a, b), a, b)
+
+
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
     """array[index : index + 16]."""
@@ -194,8 +199,8 @@ sub = _elementwise(2, lambda builder, a, b: builder.fsub(a, b))
 mul = _elementwise(2, lambda builder, a, b: builder.fmul(a, b))
 div = _elementwise(2, lambda builder, a, b: builder.fdiv(a, b))
 fma = _elementwise(3, _fma)  # a * b + c, rounded once where the processor can
-larger = _elementwise(2, lambda builder, a, b: _call(builder, "llvm.maxnum.v16f32", _VECTOR, a, b))
-smaller = _elementwise(2, lambda builder, a, b: _call(builder, "llvm.minnum.v16f32", _VECTOR, a, b))
+larger = _elementwise(2, lambda builder, a, b: _chosen(builder, ">", a, b))
+smaller = _elementwise(2, lambda builder, a, b: _chosen(builder, "<", a, b))
 magnitude = _elementwise(1, lambda builder, a: _call(builder, "llvm.fabs.v16f32", _VECTOR, a))
 nearest = _elementwise(1, lambda builder, a: _call(builder, "llvm.rint.v16f32", _VECTOR, a))
 power_of_two = _elementwise(1, _power_of_two)  # 2^n of whole n
@@ -616,8 +621,8 @@ def linear(
 
 @njit(**_OPTIONS)
 def exp(x):
-    """e^x to about one unit in the last place, x clamped to [-87, 88] (Cephes expf)."""
-    x = larger(smaller(x, splat(f32(88.0))), splat(f32(-87.0)))
+    """e^x to about one unit in the last place, x clamped to [-87, 88] (Cephes expf); NaN of NaN."""
+    x = larger(splat(f32(-87.0)), smaller(splat(f32(88.0)), x))
     n = nearest(mul(x, splat(f32(1.44269504))))
     r = fma(n, splat(f32(-0.693359375)), x)  # x - n log 2, in two parts
     r = fma(n, splat(f32(2.12194440e-4)), r)

@@ -242,8 +242,9 @@ def pack(weight: Array, kind: str, digits: bool = False) -> tuple[Array, list[Ar
     scale = np.ones(len(weight), np.float32)
     if kind == "int8":
         largest = np.abs(weight).max(1)
-        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        weight = np.rint(weight / scale[:, None]).astype(np.int8)
+        scale = np.where(largest == 0, 1, largest / 127).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # the scale of a row with NaN is NaN
+            weight = np.rint(weight / scale[:, None]).astype(np.int8)
     constants = [scale]
     panels = weight.reshape(-1, 32, weight.shape[1]).swapaxes(1, 2)  # (panels, I, 32)
     if digits:

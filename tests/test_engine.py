@@ -1,6 +1,7 @@
 """The sampling loop."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -146,15 +147,31 @@ def test_stepping_leaves_the_number_of_threads_as_it_was(make_model: MakeModel) 
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("kind", ["eager", "cpu"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("weights", ["eager", "fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stack.layers.1.mixer.up.weight", math.nan),
+        ("stack.layers.1.mixer.up.weight", math.inf),
+        ("stack.layers.1.mixer.gate.weight", math.nan),
+        ("stack.layers.1.mixer.gate.bias", math.nan),
+        ("head.linear.weight", math.nan),
+        ("head.linear.bias", math.nan),
+        ("head.linear.bias", math.inf),
+    ],
+)
 def test_predictions_that_are_no_numbers_name_the_layer(
-    kind: str, value: float, make_model: MakeModel
+    name: str, value: float, weights: str, temperature: float, make_model: MakeModel
 ):
-    model = make_model("isotropic")
+    """One value among many; the prompt is read by a model that is whole."""
+    whole, model = make_model("isotropic"), make_model("isotropic")
     with torch.no_grad():
-        model.stack.layers[1].mixer.up.weight[0, 0] = value
-    stepper = choose(to_recurrent(model), kind)
-    generation = begin(stepper, read(stepper, PROMPT), SamplingConfig(), seed=0, indices=[0])
-    with pytest.raises(NotFiniteError, match=r"stack\.layers\.1\.mixer\.up\.weight"):
-        drawn(generation, 4)
+        parameter = model.get_parameter(name)
+        parameter.view(-1)[parameter.numel() // 2 + 3] = value  # gates: in the second half
+    engine, kind = ("eager", "fp32") if weights == "eager" else ("cpu", weights)
+    stepper, start = choose(to_recurrent(model), engine, kind), read(to_recurrent(whole), PROMPT)
+    config = SamplingConfig(temperature=temperature)
+    generation = begin(stepper, start, config, seed=0, indices=[0])
+    with pytest.raises(NotFiniteError, match=re.escape(name)):
+        drawn(generation, 6)

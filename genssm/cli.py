@@ -408,7 +408,7 @@ def _deliver(samples: list[Sample], output: Output, as_json: bool, live: bool) -
     written = output.write(samples)
     if as_json:
         for item, file in zip(samples, written, strict=True):
-            sys.stdout.write(json.dumps(output.facts(item, file), ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(output.facts(item, file)) + "\n")
     elif live:
         sys.stdout.write("\n")
     elif output.target is None:  # text for stdout

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -73,11 +73,8 @@ def read_recipe(path: Path) -> Recipe:
             return provenance.parse(note)
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise RecipeError("it has no recipe; PNG, WAV and --json files by genssm carry one")
-        if path.stat().st_size > notes.LARGEST:
-            raise RecipeError(f"it is larger than {notes.LARGEST} bytes")
-        lines = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
-        found = [line.get("recipe") if isinstance(line, dict) else None for line in lines]
-        return provenance.join([provenance.from_json(facts) for facts in found])
+        with path.open("rb") as file:
+            return provenance.join(list(_recipes_of_lines(file)))
     except OSError as error:
         raise RecipeError(f"cannot read {name}: {error.strerror}") from error
     except RecursionError as error:
@@ -85,6 +82,20 @@ def read_recipe(path: Path) -> Recipe:
     except ValueError as error:
         problem = error if isinstance(error, RecipeError | notes.NoteError) else "it is not JSON"
         raise RecipeError(f"cannot repeat {name}: {problem}") from error
+
+
+def _recipes_of_lines(file: IO[bytes]) -> Iterator[Recipe]:
+    count = 0
+    while line := file.readline(notes.LARGEST + 1):
+        if len(line) > notes.LARGEST:
+            raise RecipeError(f"a line is longer than {notes.LARGEST} bytes")
+        if not line.strip():
+            continue
+        count += 1
+        if count > provenance.MOST_SAMPLES:
+            raise RecipeError(f"it has more than {provenance.MOST_SAMPLES} lines")
+        facts = json.loads(line)
+        yield provenance.from_json(facts.get("recipe") if isinstance(facts, dict) else None)
 
 
 def likelihood(pipe: Pipeline, raw: Raw, label: str | None) -> dict[str, Any]:

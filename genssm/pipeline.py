@@ -357,14 +357,14 @@ class Pipeline:
 
     @property
     def stepped_weights(self) -> str:
-        """The weights that samples are stepped with; they may change the samples.
+        """The weights that samples are stepped with, and by what unless by the compiled loop.
 
-        "cuda bf16" rounds activations, too, and so is another than "bf16".
+        "cuda bf16" rounds activations, too; and the last digits of "eager fp32" or "cuda fp32"
+        differ from those of "fp32", by which a token is another now and then.
         """
         if isinstance(self.stepper, RecurrentModel):
-            return EXACT
-        rounded = isinstance(self.stepper, CapturedModel) and self.weights != EXACT
-        return self.engine_name if rounded else self.weights
+            return f"eager {EXACT}"
+        return self.engine_name if isinstance(self.stepper, CapturedModel) else self.weights
 
     @property
     def side_by_side(self) -> int:
@@ -390,8 +390,6 @@ class Pipeline:
         Raises ValueError for a prompt or setting that does not fit.
         """
         request = request or Request()
-        if request.stop and self.modality != "text":
-            raise ValueError("stop strings end text; this model does not write text")
         chosen = {name: getattr(request, name) for name in ("label", "keep_rows", "duration")}
         if state is None:
             tokens = self.prompt_tokens(prompt, **chosen)
@@ -438,6 +436,8 @@ class Pipeline:
                 raise ValueError("guidance needs a class: give its name as prompt or label")
             if plan.state is not None:
                 raise ValueError("guidance needs the prompt itself, not a state")
+        if plan.stop and self.modality != "text":
+            raise ValueError("stop strings end text; this model does not write text")
         if max(plan.tokens) >= self.codec.vocab_size:
             raise ValueError(
                 f"token ids must lie in 0 … {self.codec.vocab_size - 1}, got {max(plan.tokens)}"
@@ -467,7 +467,11 @@ class Pipeline:
 
     def load_state(self, path: str | Path) -> Reading:
         """Read a state file of this checkpoint; raises StateError, a ValueError, for others."""
-        return states.load(Path(path), self.recurrent, checkpoint=self.content_hash, rate=self.rate)
+        hash, rate = self.content_hash, self.rate
+        state = states.load(Path(path), self.recurrent, checkpoint=hash, rate=rate)
+        if self._length(len(state.tokens), None) < 0:
+            raise states.StateError(f"{str(path)!r} is damaged: it is longer than a picture")
+        return state
 
     def start(
         self,

@@ -35,7 +35,7 @@ class Recipe:
     model: str
     checkpoint: str  # content hash
     rate: float  # by which Δ was scaled
-    weights: str  # that the model was stepped with: "fp32", "bf16", "int8" or "cuda bf16"
+    weights: str  # that the model was stepped with: "bf16", …, "eager fp32", "cuda bf16", …
     prompt: str | None  # as it was given, for people; the plan holds the tokens
     plan: Plan
     then: tuple[Plan, ...] = ()

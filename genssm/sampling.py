@@ -110,9 +110,11 @@ class RandomStream:
 
     def __init__(self, seed: int, index: int) -> None:
         check_seed(seed)
-        self._generator = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([seed, index]))
-        )
+        if seed < 2**32:
+            sequence = np.random.SeedSequence([seed, index])
+        else:  # whose two words would run into the index
+            sequence = np.random.SeedSequence(seed, spawn_key=(index,))
+        self._generator = np.random.Generator(np.random.Philox(sequence))
 
     def next(self) -> float:
         """The next number on [0, 1)."""

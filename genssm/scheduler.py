@@ -111,7 +111,7 @@ class Scheduler:
     def __init__(self, pipe: Pipeline, *, limit: int = 16) -> None:
         """``limit``: requests that may be under way; more are turned away with BusyError."""
         self.pipe, self.limit = pipe, limit
-        self._jobs = 0
+        self._jobs, self._closed = 0, False
         self._waiting: deque[Job | None] = deque()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
@@ -143,8 +143,8 @@ class Scheduler:
 
         After ``seconds`` it ends with what it has. ``snapshot_every``: as of ``Pipeline.start``;
         with it, ``Job.reading`` hands out the state itself and reads nothing again. Raises
-        ValueError for a prompt or setting that does not fit, and BusyError when too many requests
-        are under way.
+        ValueError for a prompt or setting that does not fit, BusyError when too many requests
+        are under way, and RuntimeError after ``close``.
         """
         request = Request(**settings)  # type: ignore[arg-type]
         plan = self.pipe.plan(prompt, request, state)
@@ -154,18 +154,23 @@ class Scheduler:
                 f"count={request.count}, rank={request.rank}"
             )
         job = Job(self.pipe, plan, state, time.monotonic() + seconds, snapshot_every)
-        with self._lock:
+        with self._arrived:
+            if self._closed:
+                raise RuntimeError("this scheduler is closed; make another one")
             if self._jobs >= self.limit:
                 raise BusyError(
                     f"{self._jobs} requests are under way, the most there is room for; "
                     "try again in a moment"
                 )
             self._jobs += 1
-        self._queue([job])
+            self._waiting.append(job)
+            self._arrived.notify()
         return job
 
     def close(self) -> None:
         """End the workers after the turns that are due; requests then end with what they have."""
+        with self._lock:
+            self._closed = True
         self._queue([None] * len(self._workers))
         for worker in self._workers:
             worker.join()

@@ -215,6 +215,22 @@ def test_a_clip_is_repeated_at_its_rate(run, folders, tmp_path) -> None:
     assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "a-2.wav").read_bytes()
 
 
+def test_json_is_ascii_whatever_the_terminal_writes(run, folders, tmp_path) -> None:
+    made = run("sample", "-m", folders["text"], "-p", "café 😀", "--max-tokens", 6, "--json").stdout
+    assert made.isascii()
+    assert json.loads(made)["recipe"]["prompt"] == "café 😀"
+
+
+def test_long_files_of_json_lines_are_repeated(run, folders, tmp_path, monkeypatch) -> None:
+    """Each line is bounded, not all of them together."""
+    made = run("sample", "-m", folders["text"], "-n", 4, "--max-tokens", 6, "--json").stdout
+    (tmp_path / "a.json").write_text(made)
+    monkeypatch.setattr("genssm.notes.LARGEST", max(map(len, made.splitlines())) + 1)
+    assert run("sample", "--like", "a.json", "--json").stdout.count("\n") == 4
+    monkeypatch.setattr("genssm.notes.LARGEST", 100)
+    assert "a line is longer than 100 bytes" in run("sample", "--like", "a.json").stderr
+
+
 def test_json_lines_are_repeated(run, folders, tmp_path) -> None:
     made = ("-p", "The", "-n", 3, "--max-tokens", 6, "--json")
     first = run("sample", "-m", folders["text"], *made).stdout

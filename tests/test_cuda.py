@@ -447,7 +447,7 @@ def test_recipes_name_what_rounds(
 ) -> None:
     checkpoint = make_checkpoint("audio")
     exact, rounded = (Pipeline("small", checkpoint, engine="cuda", weights=w) for w in TOLERANCE)
-    assert exact.stepped_weights == "fp32"
+    assert exact.stepped_weights == "cuda fp32"
     samples = rounded.sample(count=2, max_tokens=50, seed=3)
     recipe = rounded.recipe(samples)
     assert recipe is not None

@@ -531,6 +531,18 @@ def test_a_recipe_makes_the_samples_again(pipes: dict[str, Pipeline], modality: 
         np.testing.assert_array_equal(a.raw, b.raw)
 
 
+def test_a_recipe_names_the_eager_engine(pipes: dict[str, Pipeline]) -> None:
+    """Its last digits are its own, so that it alone repeats its samples exactly."""
+    eager = Pipeline("text", pipes["text"].checkpoint, engine="eager")
+    samples = eager.sample("The", count=2, max_tokens=20, seed=5)
+    recipe = eager.recipe(samples)
+    assert recipe is not None
+    assert recipe.weights == "eager fp32"
+    assert pipes["text"].at_recipe(recipe).engine_name == "eager"
+    again = pipes["text"].repeat(recipe)
+    assert [s.token_bits for s in again] == [s.token_bits for s in samples]
+
+
 def test_a_recipe_of_a_state_needs_no_state_that_its_tokens_give(
     pipes: dict[str, Pipeline],
 ) -> None:
@@ -563,6 +575,7 @@ def test_a_recipe_of_another_checkpoint_is_refused(pipes: dict[str, Pipeline]) -
         replace(recipe.plan, tokens=(5000,)),
         replace(recipe.plan, max_tokens=10**6),
         replace(recipe.plan, guidance=2.0),
+        replace(recipe.plan, stop=("a",)),
     ):
         with pytest.raises(ValueError, match="the recipe is damaged"):
             pipes["image"].repeat(replace(recipe, plan=plan))

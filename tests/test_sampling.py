@@ -118,6 +118,8 @@ def test_streams_depend_on_seed_and_index_alone() -> None:
 
     assert numbers(1, 2) == numbers(1, 2)
     assert len({tuple(numbers(seed, index)) for seed in range(5) for index in range(5)}) == 25
+    long = [(7 * 2**32 + 5, 0), (5, 7), (7 * 2**32 + 5, 1), (2**32, 0), (0, 1)]
+    assert len({tuple(numbers(*pair)) for pair in long}) == len(long)
     assert all(0 <= x < 1 for x in numbers(0, 0))
     stream = RandomStream(1, 2)
     assert [*stream.take(3), stream.next(), *stream.take(1)] == numbers(1, 2)

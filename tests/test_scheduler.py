@@ -139,6 +139,8 @@ def test_closing_ends_what_is_under_way_with_what_it_has(pipe: Pipeline):
         assert sample.finish == "interrupted"
         assert len(sample.tokens) > 0
     assert scheduler.busy == 0
+    with pytest.raises(RuntimeError, match="this scheduler is closed"):
+        scheduler.submit(max_tokens=3)
 
 
 def test_a_failure_is_that_requests_alone(scheduler: Scheduler, pipe: Pipeline):

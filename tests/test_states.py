@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import genssm
 from genssm import states
 from genssm.checkpoint import Checkpoint, content_hash, save
-from genssm.codec import Audio, Codec
-from genssm.engine import Reading
+from genssm.codec import Audio, Codec, Image
+from genssm.engine import Reading, read
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
 from genssm.states import StateError
@@ -59,6 +59,19 @@ def test_a_loaded_state_is_the_saved_one(
         assert states.fingerprint(loaded) == states.fingerprint(reading)
     assert (tmp_path / "a.state").stat().st_size < 64 * 1024
     assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
+
+
+def test_a_state_longer_than_a_picture_is_damaged(
+    codecs: dict[str, Codec], make_model: MakeModel, tmp_path: Path
+) -> None:
+    codec = codecs["image"]
+    settings = sizes(codec) | {"opening": 0, "durations": ()}
+    pipe = Pipeline("any", Checkpoint(make_model("image", **settings), codec), engine="eager")
+    assert isinstance(codec, Image)
+    long = read(pipe.recurrent, torch.zeros(codec.length + 2, dtype=torch.int64))
+    pipe.save_state(long, tmp_path / "a.state")
+    with pytest.raises(StateError, match=r"a.state' is damaged: it is longer than a picture"):
+        pipe.load_state(tmp_path / "a.state")
 
 
 def test_another_process_continues_token_for_token(pipe: Pipeline, tmp_path: Path) -> None:

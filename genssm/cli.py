@@ -262,7 +262,7 @@ def sample(
     single = len(plan.indices) == 1
     live = pipe.modality == "text" and single and out is None and not as_json
     if live:
-        sys.stdout.write(pipe.codec.decode(plan.tokens))
+        sys.stdout.write(pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)]))
     waiting = threading.Timer(PATIENCE, _note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
     if pipe.engine_name.startswith("cpu"):

@@ -122,6 +122,10 @@ class Codec(ABC):
     def decoder(self) -> Decoder:
         """A fresh incremental decoder for streaming."""
 
+    def whole(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens are whole raw; the rest is for a decoder to begin with."""
+        return len(tokens)
+
 
 class Decoder(ABC):
     """Turns tokens into pieces of raw as soon as they are whole; the pieces join to ``decode``."""
@@ -225,6 +229,17 @@ class Text(Codec):
     def decoder(self) -> Decoder:
         return _TextDecoder(self)
 
+    def whole(self, tokens: Sequence[int]) -> int:
+        """All but the last if those are the first bytes of a character that is not complete."""
+        for count, token in enumerate(reversed(tokens[-3:]), 1):
+            byte = self.byte_of.get(token, 0)  # 0 for pieces that are no single byte
+            if byte >= 0xC0:  # the first byte of 2, 3 or 4
+                complete = count >= 2 + (byte >= 0xE0) + (byte >= 0xF0)
+                return len(tokens) - (0 if complete else count)
+            if byte < 0x80:  # a whole character
+                break
+        return len(tokens)
+
 
 class _TextDecoder(Decoder):
     """Holds back the bytes of a character until it is whole."""
@@ -236,19 +251,9 @@ class _TextDecoder(Decoder):
         if token == self.codec.boundary:
             return None
         self.pending.append(token)
-        ready = len(self.pending) - self._unfinished()
+        ready = self.codec.whole(self.pending)
         text, self.pending = self.codec.decode(self.pending[:ready]), self.pending[ready:]
         return text or None
-
-    def _unfinished(self) -> int:
-        """How many of the last tokens are the first bytes of a character that is not complete."""
-        for count, token in enumerate(reversed(self.pending[-3:]), 1):
-            byte = self.codec.byte_of.get(token, 0)  # 0 for pieces that are no single byte
-            if byte < 0x80:  # a whole character
-                return 0
-            if byte >= 0xC0:  # the first byte of 2, 3 or 4
-                return count if count < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
-        return 0
 
     def flush(self) -> str | None:
         text, self.pending = self.codec.decode(self.pending), []

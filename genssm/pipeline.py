@@ -147,6 +147,10 @@ class Session:
         self.token_bits: list[list[float]] = [[] for _ in samples]
         self.finish = ["interrupted"] * len(samples)
         decoders = [codec.decoder() for _ in samples]
+        self._whole = codec.whole(plan.tokens)
+        for decoder in decoders:
+            for token in plan.tokens[self._whole :]:
+                decoder.push(token)
         self._decoders = [_Ending(d, plan.stop) for d in decoders] if plan.stop else decoders
         self._generation = begin(
             model,
@@ -233,7 +237,7 @@ class Session:
     def _raw(self, i: int) -> Raw:
         text = self._stopped(i)
         if text is not None:
-            return self.codec.decode(self.plan.tokens) + text
+            return self.codec.decode(self.plan.tokens[: self._whole]) + text
         return self.codec.decode([*self.plan.tokens, *self.tokens[i]])
 
     def reading(self, sample: int = 0, position: int | None = None) -> Reading:

@@ -16,12 +16,13 @@ from genssm import pipeline
 from genssm.checkpoint import Checkpoint, save
 from genssm.codec import Audio, Codec
 from genssm.data import Example
-from genssm.engine import read
+from genssm.engine import Drawn, read
 from genssm.evaluate import token_bits
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
 from genssm.provenance import parse
-from genssm.request import GUIDANCE, Request
+from genssm.request import GUIDANCE, Plan, Request
+from genssm.sampling import SamplingConfig
 from genssm.stepper import CompiledModel, load_kernels
 
 MakeCheckpoint = Callable[[str], Checkpoint]
@@ -664,3 +665,25 @@ def test_what_needs_classes_or_sound_says_so(pipes: dict[str, Pipeline]) -> None
             pipes["audio"].at_rate(rate)
     with pytest.raises(ValueError, match="must lie in 1000 … 192000 Hz"):
         pipes["audio"].at_rate(100.0)
+
+
+@pytest.mark.parametrize("stop", [(), ("§",)])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_state_may_end_within_a_character(
+    pipes: dict[str, Pipeline], cut: int, stop: tuple[str, ...]
+) -> None:
+    """What is drawn then completes it, as if all had been one prompt."""
+    pipe = pipes["text"]
+    codec, tokens = pipe.codec, pipe.prompt_tokens("The 🦖").tolist()
+    rest = [*tokens[-cut:], *codec.encode("§ of")[1:].tolist()]
+    begun = Plan(tuple(tokens[:-cut]), SamplingConfig(), len(rest), stop, 0, (0,))
+    session = next(pipe.batches(begun))
+    pieces: list[str] = []
+    for token in rest:  # as if these were drawn
+        done: dict[int, str] = {}
+        pieces += [piece for _, piece in session._piece(Drawn(0, token, 1.0), done)]
+        if done:
+            break
+    whole = codec.decode(begun.tokens[: codec.whole(begun.tokens)])
+    assert whole + "".join(pieces) == session.samples()[0].raw
+    assert session.samples()[0].raw == ("The 🦖" if stop else "The 🦖§ of")

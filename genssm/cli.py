@@ -593,7 +593,7 @@ def evaluate(
     from genssm.checkpoint import record_metric
     from genssm.pipeline import load
     from genssm.sample_quality import classification_accuracy, evaluate_samples
-    from genssm.sources import read_examples
+    from genssm.sources import read_examples, split_of
 
     options = {"temperature": temperature, "top_p": top_p, "guidance": guidance,
                "plausible": plausible, "rank": rank, "rank_by": rank_by, "trim": trim}  # fmt: skip
@@ -609,10 +609,14 @@ def evaluate(
         settings: Settings = {**given, "seed": seed}  # type: ignore[typeddict-item]
         note = functools.partial(_note, quiet=quiet)
         facts = evaluate_samples(pipe, data, samples, settings, classifier, note)
-    elif classify:
-        facts = classification_accuracy(pipe, read_examples(data, pipe.codec), limit)
     else:
-        facts = pipe.evaluate(read_examples(data, pipe.codec), limit).facts()
+        examples = read_examples(data, pipe.codec)
+        if (split := split_of(data)) is not None:
+            _note(f"the {split} split of {data}", quiet)
+        if classify:
+            facts = classification_accuracy(pipe, examples, limit)
+        else:
+            facts = pipe.evaluate(examples, limit).facts()
     if record is not None:
         kept = {k: v for k, v in facts.items() if k not in ("bits", "tokens", "units")}
         if isinstance(value := kept.get("value"), float):

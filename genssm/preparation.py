@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
 from genssm.checkpoint import Checkpoint, replace_file
@@ -80,10 +81,10 @@ def _batches(
     if recipe.modality == "text":
         known = given if isinstance(given, Text) else None
         text = _tokenizer(source, out, recipe.codec["vocab_size"], known, skip)
-        stream = open_tokens(
+        stream = _open_stream(
             out / _stream_name(source, text.tokenizer, skip),
             lambda: map(text.encode, source.documents(skip)),
-            text.vocab_size,
+            text,
         )
         boundary = text.boundary if settings.cut_documents else None
         return text, TextBatches(
@@ -98,10 +99,10 @@ def _batches(
         return codec, PictureBatches(
             pictures, labels, codec, settings.batch_size, settings.seed, settings.flip
         ).batch
-    stream = open_tokens(
+    stream = _open_stream(
         out / _stream_name(source, json.dumps(codec.to_config()).encode(), skip),
         lambda: (codec.encode(e.raw, e.label) for e in _told(source, codec, skip)),
-        codec.vocab_size,
+        codec,
     )
     batches = ClipBatches(
         stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise,
@@ -114,6 +115,22 @@ def _batches(
             stacklevel=2,
         )
     return codec, batches.batch
+
+
+def _open_stream(path: Path, documents: Callable[[], Iterable[Tensor]], codec: Codec) -> np.ndarray:
+    """The token cache at ``path``, the only one of its folder; a warning tells of another."""
+    others = [f for f in path.parent.glob("tokens-*.json") if f.stem != path.name]
+    if others:
+        warnings.warn(
+            f"{str(path.parent)!r} holds the tokens of other data or of another codec, or of these "
+            "data before they were changed or moved; they are made again",
+            stacklevel=2,
+        )
+    stream = open_tokens(path, documents, codec.vocab_size)
+    for facts in others:
+        for file in (facts, facts.with_suffix(".bin")):
+            file.unlink(missing_ok=True)
+    return stream
 
 
 def _stream_name(source: Split, tokenizer: bytes, skip: bool) -> str:
@@ -149,11 +166,13 @@ def _stack_pictures(examples: Iterator[Example], codec: Image) -> tuple[np.ndarr
 
 
 def _tokenizer(source: Split, out: Path, vocab_size: int, given: Text | None, skip: bool) -> Text:
-    """The given tokenizer, that of ``out``, or one learned from a part of the text."""
+    """The given tokenizer, that of ``out`` if it tokenised these data, or one learned from them."""
     file, codec = out / TOKENIZER, given
     if codec is None and file.exists():
-        codec = Text(file.read_bytes())
-    if codec is None or (given is None and codec.vocab_size != vocab_size):
+        kept = Text(file.read_bytes())
+        belongs = (out / f"{_stream_name(source, kept.tokenizer, skip)}.json").exists()
+        codec = kept if belongs and kept.vocab_size == vocab_size else None
+    if codec is None:
         documents = list(source.documents(skip))
         budget = _LEARNED_FROM // max(1, len(documents))
         codec = Text.train([text[: max(2000, budget)] for text in documents], vocab_size)

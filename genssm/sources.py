@@ -190,9 +190,20 @@ def comes_in_splits(data: Path) -> bool:
 
 
 def read_examples(data: Path, codec: Codec) -> Iterator[Example]:
-    """The examples of a file or folder, or of a part of a public set: "wikitext-2:validation"."""
-    name, _, split = str(data).partition(":")
-    public = Path(name) / _SPEECH_COMMANDS
-    if public.is_dir() or (not data.exists() and name in PUBLIC):
-        return open_split(Path(name), split or "validation", codec.modality).examples(codec)
-    return read_local(data, codec)
+    """The examples of a file or folder, or of a part of a public set: "wikitext-2:train".
+
+    Of data that comes in splits, if none is named, those of validation.
+    """
+    split = split_of(data)
+    if split is None:
+        return read_local(data, codec)
+    whole = data if comes_in_splits(data) else Path(str(data).rpartition(":")[0])
+    return open_split(whole, split, codec.modality).examples(codec)
+
+
+def split_of(data: Path) -> str | None:
+    """The split that ``read_examples`` takes; None for data that does not come in splits."""
+    if comes_in_splits(data):
+        return "validation"
+    name, _, split = str(data).rpartition(":")
+    return split if not data.exists() and comes_in_splits(Path(name)) else None

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from genssm import checkpoint as checkpoints
 from genssm import training_state
@@ -57,15 +58,15 @@ def train(
     ``torchrun`` all its processes train one model.
 
     Raises ValueError for unusable data or settings, FileExistsError for a folder with a training
-    that is not to be resumed or a checkpoint without one, OSError when the disk is full: the last
-    save is then still whole.
+    that is not to be resumed or is under way, or a checkpoint without one, OSError when the disk is
+    full: the last save is then still whole.
     """
     begun = _begin(recipe, out, resume, start)
-    with joined() as world, _interruption() as interrupted:
+    with joined() as world, _alone(out, world), _interruption() as interrupted:
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
-        log_of = open_log(out, resume, tensorboard) if world.leads else nullcontext()
-        with log_of as log:
+        step = training.state.counters.step
+        with open_log(out, step, tensorboard) if world.leads else nullcontext() as log:
             stopped = _loop(training, minutes_of, interrupted, log, report)
         target = training.target
         del training  # before the processes part
@@ -109,10 +110,11 @@ def _loop(
         if stop:
             break
         training.advance()
+        best = training.state.counters.best
         value = training.validate() if validate else None
         if sheet:
             draw()
-        if save:
+        if save or training.state.counters.best < best:  # or a worse one may follow after a kill
             training.save()
         if reports.due() or value is not None:
             tell(value)
@@ -142,6 +144,27 @@ def _begin(
     if resume:  # before anything in ``out``, such as the tokenizer, is made anew
         training_state.check(out, recipe)
     return None if start is None else checkpoints.load(start)
+
+
+@contextmanager
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """Keeps other trainings out of ``out``, as long as the body runs."""
+    if not world.leads:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"{str(out)!r} is where another process trains; wait for its end or use another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
 
 
 class _Timer:

@@ -64,16 +64,17 @@ class Log:
 
 
 @contextmanager
-def open_log(out: Path, resume: bool, tensorboard: bool) -> Iterator[Log]:
-    """The log of the training in ``out``, begun or continued.
+def open_log(out: Path, step: int, tensorboard: bool) -> Iterator[Log]:
+    """The log of the training in ``out``, begun or continued after ``step`` steps.
 
-    Raises ValueError if TensorBoard is wanted and not installed.
+    What an earlier process wrote of later steps, and did not save, is left out. Raises ValueError
+    if TensorBoard is wanted and not installed.
     """
     path, board = out / LOG, None
     if tensorboard:
-        board = _board(out / "tensorboard")
+        board = _board(out / "tensorboard", step)
     names = [field.name for field in fields(Progress)]
-    before = _rows(path, names) if resume and path.exists() else []
+    before = _rows(path, names, step) if step and path.exists() else []
     replace_file(path, lambda file: _begin(file, names, before))
     try:
         with path.open("a", newline="") as file:
@@ -83,10 +84,11 @@ def open_log(out: Path, resume: bool, tensorboard: bool) -> Iterator[Log]:
             board.close()
 
 
-def _rows(path: Path, names: list[str]) -> list[list[str]]:
-    """The rows of a log that may have been written with other columns."""
+def _rows(path: Path, names: list[str], step: int) -> list[list[str]]:
+    """The rows to ``step`` of a log that may have been written with other columns."""
     with path.open(newline="") as file:
-        return [[row.get(name) or "" for name in names] for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+    return [[row.get(name) or "" for name in names] for row in rows if int(row["step"]) <= step]
 
 
 def _begin(path: Path, names: list[str], rows: list[list[str]]) -> None:
@@ -94,11 +96,11 @@ def _begin(path: Path, names: list[str], rows: list[list[str]]) -> None:
         csv.writer(file).writerows([names, *rows])
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             'TensorBoard is not installed; pip install "genssm[train]" or leave it out'
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

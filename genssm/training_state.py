@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,7 +55,10 @@ def exists(out: Path) -> bool:
 
 
 def check(out: Path, recipe: Recipe) -> None:
-    """Raise ValueError if the state in ``out`` is damaged, or of another recipe."""
+    """Raise ValueError if the state in ``out`` is damaged, or of another recipe.
+
+    A warning tells of settings that will make other batches of the data.
+    """
     from safetensors import safe_open
 
     def facts() -> dict[str, Any]:
@@ -73,6 +77,14 @@ def check(out: Path, recipe: Recipe) -> None:
                 f"the training in {str(out)!r} has another {section}: {then}; resume it with "
                 "that, or use another folder"
             )
+    order = ("seed", "batch_size", "cut_documents")
+    then, now = ({k: r["train"].get(k) for k in order} for r in (begun, wanted))
+    if changed := [f"{k}={then[k]}" for k in order if then[k] not in (None, now[k])]:
+        warnings.warn(
+            f"the training in {str(out)!r} had {', '.join(changed)}; with other values the rest of "
+            "it is not as if it had never stopped",
+            stacklevel=2,
+        )
 
 
 class TrainingState:

@@ -279,6 +279,19 @@ def test_what_comes_in_splits_is_known(commands: Path, tmp_path: Path):
         assert not comes_in_splits(data)
 
 
+def test_of_a_folder_of_splits_validation_is_measured_unless_another_is_named(
+    tmp_path: Path, text_codec: Text
+):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text(split)
+    for name, raw in (("", "validation"), (":train", "train"), ("/train.txt", "train")):
+        data = Path(f"{tmp_path}{name}")
+        assert [e.raw for e in sources.read_examples(data, text_codec)] == [raw]
+        assert sources.split_of(data) == (None if "/train.txt" in name else raw)
+    (tmp_path / "validation.txt").unlink()
+    assert [e.raw for e in sources.read_examples(tmp_path, text_codec)] == ["train"]
+
+
 def test_public_text_comes_by_name_and_is_identified(publish, tmp_path: Path, text_codec: Text):
     publish("wikitext-2", {"train": write_table(tmp_path / "t.parquet", {"text": LINES})},
             modality="text")  # fmt: skip

@@ -29,7 +29,7 @@ from genssm import train as train_module
 from genssm.codec import Text
 from genssm.conversion import to_recurrent
 from genssm.data import find_split, read_examples
-from genssm.evaluate import evaluate
+from genssm.evaluate import Evaluation, evaluate
 from genssm.layers import LAYERS
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
@@ -592,7 +592,8 @@ def test_one_picture_without_a_class_leaves_the_others_theirs(
     for split in ("train", "validation"):
         for name in ("dark/0", "bright/1", "2"):
             write_picture(folders / split / f"{name}.png", np.full((4, 4, 3), 9, np.uint8))
-    prepared = prepare(recipe, folders, tmp_path / "out", None, None)
+    with pytest.warns(UserWarning, match="1 of 3 examples are of no class"):
+        prepared = prepare(recipe, folders, tmp_path / "out", None, None)
     starts = Counter(int(t) for step in range(30) for t in prepared.batch(step).tokens[:, 0])
     assert set(starts) == {prepared.codec.start(label) for label in ("dark", "bright", None)}
     assert starts[prepared.codec.boundary] < 45  # the third, and a tenth of the others
@@ -667,6 +668,21 @@ def test_folder_with_a_training_is_not_overwritten(data: dict[str, Path], tmp_pa
     assert all(torch.equal(t, before[name]) for name, t in weights_of(out).items())
 
 
+def test_two_trainings_do_not_share_a_folder(data: dict[str, Path], tmp_path: Path):
+    recipe, out = with_steps(RECIPES["text"], 2), tmp_path / "out"
+    refused = []
+
+    def again(progress: Progress) -> None:
+        with pytest.raises(FileExistsError, match="is where another process trains"):
+            train(recipe, data["text"], out, resume=True)
+        refused.append(progress.step)
+
+    train(recipe, data["text"], out, validate_minutes=0, report=again)
+    assert refused
+    assert not (out / ".lock").exists()
+    train(with_steps(recipe, 3), data["text"], out, resume=True)
+
+
 def test_a_checkpoint_without_its_training_is_not_replaced(data: dict[str, Path], tmp_path: Path):
     recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"
     train(recipe, data["text"], out)
@@ -730,7 +746,57 @@ def test_tokenizer_of_a_training_that_never_began_is_not_taken_over(
     (out / "state.safetensors").unlink()
     shutil.rmtree(out / "checkpoint")
     recipe = RECIPES["text"].changed({"steps": 1, "vocab_size": 295})
-    assert checkpoints.load(train(recipe, data["text"], out)).codec.vocab_size == 295
+    with pytest.warns(UserWarning, match="holds the tokens of other data or of another codec"):
+        folder = train(recipe, data["text"], out)
+    assert checkpoints.load(folder).codec.vocab_size == 295
+
+
+def test_tokenizer_of_other_data_is_not_taken_over(data: dict[str, Path], tmp_path: Path):
+    recipe, out = with_steps(RECIPES["text"], 1), tmp_path / "out"
+    train(recipe, data["text"], out)
+    (out / "state.safetensors").unlink()
+    shutil.rmtree(out / "checkpoint")
+    text = data["text"] / "train.txt"
+    text.write_text(text.read_text().upper())
+    with pytest.warns(UserWarning, match="holds the tokens of other data"):
+        train(recipe, data["text"], out)
+    train(recipe, data["text"], tmp_path / "clean")
+    for name in ("tokenizer.model", "checkpoint/model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "clean" / name).read_bytes()
+    assert len(list(out.glob("tokens-*.bin"))) == 1
+
+
+def test_a_resumed_training_tells_what_makes_it_another(data: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    train(with_steps(RECIPES["text"], 1), data["text"], out)
+    other = with_steps(RECIPES["text"], 2).changed({"seed": 5})
+    with pytest.warns(UserWarning, match=r"had seed=0; with other values"):
+        train(other, data["text"], out, resume=True)
+    (data["text"] / "train.txt").write_text("a quick brown fox " * 3000)
+    with pytest.warns(UserWarning, match="holds the tokens of other data"):
+        train(with_steps(other, 3), data["text"], out, resume=True)
+
+
+def test_a_killed_training_goes_on_from_its_best(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What it did after its last save is forgotten in the log, too, and a best is saved at once."""
+    recipe, out = with_steps(RECIPES["text"], 8), tmp_path / "out"
+
+    def killed(progress: Progress) -> None:
+        if progress.step == 4:
+            raise RuntimeError("killed")
+
+    bits = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(
+        "genssm.train.evaluate", lambda *_: Evaluation(next(bits, 9.0), "bits/byte", 1, 1, 1, 1)
+    )
+    with pytest.raises(RuntimeError, match="killed"):
+        train(recipe, data["text"], out, save_minutes=99, validate_minutes=0, report=killed)
+    train(recipe, data["text"], out, resume=True, validate_minutes=0)
+    steps = [int(row["step"]) for row in csv.DictReader((out / "log.csv").open())]
+    assert steps == [*range(1, 9), 8]
+    assert checkpoints.load(out / "checkpoint").metrics["validation subset"]["value"] == 1.0
 
 
 @pytest.mark.parametrize("missing", ["train.txt", "validation.txt"])

@@ -240,8 +240,7 @@ def sample(
     from genssm import files
     from genssm.checkpoint import CheckpointError
 
-    if out == "":
-        raise UsageError("--out needs a file, a folder/ or -, got ''")
+    _check_out(out, as_json)
     if out is not None and (out.endswith(os.sep) or Path(out).is_dir()):
         _sample_to_folder(context, Path(out))
         return
@@ -249,9 +248,7 @@ def sample(
         job = _repeated(context) if like else _requested(context)
         pipe, plan = job.pipe, job.plan
         if save_state is not None:
-            if len(plan.indices) > 1 or job.then:
-                raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
-            files.check_target(save_state, force)
+            _check_state_file(save_state, out, force, len(plan.indices) == 1 and not job.then)
         count = len(plan.indices) // job.request.rank
         output = files.Output(pipe, out, count, force, job.prompt, job.pause)
         sessions = itertools.chain(pipe.batches(plan, job.state), *map(pipe.batches, job.then))
@@ -276,6 +273,28 @@ def sample(
         _summarize(samples, output)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _check_out(out: str | None, as_json: bool) -> None:
+    if out == "":
+        raise UsageError("--out needs a file, a folder/ or -, got ''")
+    if out == "-" and as_json:
+        raise UsageError("--out - and --json both write to stdout; give --out a file")
+
+
+def _check_state_file(file: Path, out: str | None, force: bool, single: bool) -> None:
+    from genssm.files import check_target
+
+    if not single:
+        raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
+    check_target(file, force)
+    if out is not None and file.resolve() == Path(out).resolve():
+        raise UsageError("--save-state and --out need a file each")
+
+
+def _check_record(record: str | None) -> None:
+    if record is not None and not record.strip():
+        raise UsageError("--record needs a name for the result, such as validation")
 
 
 def _sample_to_folder(context: typer.Context, out: Path) -> None:
@@ -453,7 +472,9 @@ def train(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Training time; default: the recipe's steps.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the training in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the training in --out, with its settings and --set.")
+    ] = False,
     start: Annotated[
         str | None, typer.Option("--from", help="Begin with the weights of this model.")
     ] = None,
@@ -476,7 +497,9 @@ def train(
     from genssm.train import train as run
     from genssm.training_report import reporter
 
-    chosen = _recipe(recipe, settings or [])
+    if out == Path():
+        raise UsageError("--out needs a folder of its own, such as runs/NAME")
+    chosen = _recipe(recipe, settings or [], out if resume else None)
     torch.set_flush_denormal(True)
     leads = rank() == 0
     with reporter(recipe, chosen.modality, quiet or not leads) as report:
@@ -488,13 +511,19 @@ def train(
         sys.stdout.write(f"{target}\n")
 
 
-def _recipe(name: str, settings: list[str]) -> Recipe:
+def _recipe(name: str, settings: list[str], resumed: Path | None = None) -> Recipe:
+    """The recipe of a name, or what the training in ``resumed`` made of it, with the settings."""
+    from genssm import training_state
     from genssm.recipes import RECIPES, parse_settings
 
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
+    begun = RECIPES[name]
+    if resumed is not None and training_state.exists(resumed):
+        kept = training_state.kept_recipe(resumed)
+        begun = kept if kept.modality == begun.modality else begun
     try:
-        return RECIPES[name].changed(parse_settings(settings))
+        return begun.changed(parse_settings(settings))
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
@@ -604,6 +633,7 @@ def evaluate(
         raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
     if classify and samples is not None:
         raise UsageError("--classify measures data, --samples measures samples; give one of them")
+    _check_record(record)
     pipe = load(name).at_rate(rate)
     if samples is not None:
         settings: Settings = {**given, "seed": seed}  # type: ignore[typeddict-item]
@@ -875,20 +905,22 @@ def _write_facts(out: Path | None, facts: dict[str, Any]) -> None:
 
 
 def _check_new(file: Path | None, force: bool) -> None:
-    from genssm.files import check_kind
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    from genssm.files import check_target
 
     if file is None:
         return
     try:
-        check_kind(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_target(file, force)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if file.exists() and not force:
-        raise UsageError(f"{str(file)!r} exists; give --force to overwrite it")
 
 
 def main() -> None:
     """Entry point of the ``genssm`` command."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - to the end
     for name in ("stdout", "stderr"):  # None where they were closed, as some services do
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end

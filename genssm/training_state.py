@@ -27,7 +27,7 @@ from genssm.checkpoint import replace_file
 from genssm.distributed import World
 from genssm.model import SequenceModel
 from genssm.optim import average
-from genssm.recipes import Recipe
+from genssm.recipes import Recipe, TrainConfig
 
 T = TypeVar("T")
 
@@ -54,21 +54,23 @@ def exists(out: Path) -> bool:
     return (out / STATE).exists() or _shards(out) is not None
 
 
+def kept_recipe(out: Path) -> Recipe:
+    """The recipe of the training in ``out``. Raises ValueError if its state is damaged."""
+    facts: dict[str, Any] = _kept_facts(out)["recipe"]
+    codec, model, train = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in facts[section].items()}
+        for section in ("codec", "model", "train")
+    )
+    known: dict[str, Any] = {f.name: train[f.name] for f in fields(TrainConfig) if f.name in train}
+    return Recipe(facts["modality"], codec, model, TrainConfig(**known))
+
+
 def check(out: Path, recipe: Recipe) -> None:
     """Raise ValueError if the state in ``out`` is damaged, or of another recipe.
 
     A warning tells of settings that will make other batches of the data.
     """
-    from safetensors import safe_open
-
-    def facts() -> dict[str, Any]:
-        folder = _shards(out)
-        if folder is not None:
-            return _facts_of_shards(folder)
-        with safe_open(out / STATE, framework="pt") as file:
-            return _facts_of_file(file)
-
-    begun, wanted = _readable(out, facts)["recipe"], json.loads(json.dumps(asdict(recipe)))
+    begun, wanted = _kept_facts(out)["recipe"], json.loads(json.dumps(asdict(recipe)))
     for section in ("modality", "codec", "model", "length"):
         then, now = (r["train"][section] if section == "length" else r[section]
                      for r in (begun, wanted))  # fmt: skip
@@ -85,6 +87,19 @@ def check(out: Path, recipe: Recipe) -> None:
             "it is not as if it had never stopped",
             stacklevel=2,
         )
+
+
+def _kept_facts(out: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    def facts() -> dict[str, Any]:
+        folder = _shards(out)
+        if folder is not None:
+            return _facts_of_shards(folder)
+        with safe_open(out / STATE, framework="pt") as file:
+            return _facts_of_file(file)
+
+    return _readable(out, facts)
 
 
 class TrainingState:

@@ -80,5 +80,5 @@ def test_the_figures_do_not_replace_a_file(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "exists; give --force" in capsys.readouterr().err
+    assert "exists; use --force" in capsys.readouterr().err
     assert file.read_text() == "mine"

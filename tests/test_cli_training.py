@@ -76,6 +76,20 @@ def test_two_processes_train_and_fill_a_folder(tmp_path: Path, run):
         assert (tmp_path / "alone" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_resumed_training_keeps_its_settings(run):
+    """Those that are not set anew; a recipe's own come back for nothing."""
+    train = ("train", "digits", "--data", "data", "-o", "out", "-q")
+    own = ("--set", "lr=0.0005", "--set", "seed=5", "--set", "length=128")
+    assert run(*train, *SETTINGS, *own, "--set", "steps=2").exit_code == 0
+    assert run(*train, "--resume", "--set", "steps=4", "--set", "decay=0.5").exit_code == 0
+    facts = json.loads(Path("out/checkpoint/config.json").read_text())["training"]
+    kept = facts["recipe"]["train"]
+    assert [kept[k] for k in ("lr", "seed", "length", "decay", "steps")] == [5e-4, 5, 128, 0.5, 4]
+    assert facts["recipe"]["model"]["d_model"] == [8, 16]
+    other = run("train", "wiki", "--data", "data", "-o", "out", "--resume")
+    assert "has another modality" in other.stderr
+
+
 def test_train_classify_and_judge_samples(run, tmp_path: Path):
     result = run("train", "digits", "--data", "data", "-o", "out", "--set", "steps=2", *SETTINGS)
     assert result.exit_code == 0, result.stderr

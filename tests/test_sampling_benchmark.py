@@ -111,7 +111,7 @@ def test_existing_files_are_kept(option: str, tmp_path: Path):
     file.write_text("kept")
     result = CliRunner().invoke(app, ["benchmark", "sampling", option, str(file)])
     assert result.exit_code == 2
-    assert "exists; give --force" in result.stderr
+    assert "exists; use --force" in result.stderr
     assert file.read_text() == "kept"
 
 

@@ -30,6 +30,7 @@ from genssm.interface.growth import Growth  # noqa: E402
 from genssm.interface.house import House, Visit, updates  # noqa: E402
 from genssm.interface.inside import Inspector  # noqa: E402
 from genssm.interface.page import build_page  # noqa: E402
+from genssm.interface.serving import serve  # noqa: E402
 from genssm.interface.speak import Speaker, speakers  # noqa: E402
 from genssm.interface.write import Writer  # noqa: E402
 from genssm.scheduler import BusyError  # noqa: E402
@@ -355,12 +356,14 @@ def test_own_models_take_the_place_of_the_shipped(
 ) -> None:
     own = str(checkpoint.save(make_checkpoint("image"), tmp_path / "own"))
     house = House([own])
-    assert house.pipe("image").name == own
+    assert house.pipe("image").name == "own"
     assert house.pipe("text").name == "wiki"
     *_, (file, whole, _, _) = Drawer(house).draw("cat", 2, seed=1)
     assert pictures_of(whole["items"]).shape == (2, 4, 3, 3)
     assert file is not None
     assert Path(file).name == "own-1.png"
+    assert files.read_recipe(Path(file)).model == "own"
+    assert str(tmp_path).encode() not in Path(file).read_bytes()
     assert build_page(house).fns
     with pytest.raises(ValueError, match="both make image"):
         House([own, own])
@@ -542,6 +545,12 @@ def test_a_number_carries_the_recipe_of_all_its_digits(
     parts = [s.raw for s in house.pipe("audio").repeat(recipe)]
     gaps = (len(number) - 1) * round(0.12 * whole["items"][0]["rate"])
     assert len(read_sound(file)[1]) == sum(map(len, parts)) + gaps
+
+
+def test_the_largest_seed_serves_every_digit(house: House) -> None:
+    *_, (file, *_) = Speaker(house).speak("77", seconds=0.1, seed=2**32 - 1)
+    assert file is not None
+    assert [plan.seed for plan in files.read_recipe(Path(file)).plans] == [2**32 - 1, 0]
 
 
 def test_a_number_that_was_stopped_is_repeated_as_far_as_it_came(
@@ -743,7 +752,7 @@ def test_the_command_serves_the_page_as_it_was_asked(
     monkeypatch.setattr(House, "warm_up", lambda house: served.append(house.pipe("image").name))
     own = str(checkpoint.save(make_checkpoint("image"), tmp_path / "own"))
     assert not run(monkeypatch, "--port", "8123", "--share", "--model", own)
-    assert served == [own, {"port": 8123, "share": True}]
+    assert served == ["own", {"port": 8123, "share": True}]
 
 
 def test_what_cannot_be_served_is_told(
@@ -760,3 +769,12 @@ def test_what_cannot_be_served_is_told(
     told = capsys.readouterr().err
     assert port in told
     assert "Traceback" not in told
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"the port {port} is taken; give another one"):
+            serve(port=port)

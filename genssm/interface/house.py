@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from genssm.codec import Raw
@@ -68,6 +69,8 @@ class House:
         self._pipes: dict[str, Pipeline] = {}
         for name in names:
             pipe = load(name)
+            if Path(name).is_dir():  # whose place is not told to visitors, in recipes
+                pipe.name = Path(name).resolve().name
             if pipe.modality in self._pipes:
                 raise ValueError(
                     f"{self._pipes[pipe.modality].name!r} and {name!r} both make {pipe.modality}; "
@@ -201,7 +204,7 @@ def chosen_seed(seed: float | None) -> int:
     if seed is None or seed < 0:
         return new_seed() % (LARGEST_SEED + 1)  # so that it fits the box
     if not seed <= LARGEST_SEED or seed != int(seed):
-        raise ValueError(f"a seed is a whole number up to {LARGEST_SEED}, got {seed:g}")
+        raise ValueError(f"a seed is a whole number up to {LARGEST_SEED}, got {seed!r:.40}")
     return int(seed)
 
 

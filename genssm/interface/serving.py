@@ -17,4 +17,9 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     from genssm.interface.page import build_page, launch
 
-    launch(build_page(house), port=port, share=share)
+    try:
+        launch(build_page(house), port=port, share=share)
+    except OSError as error:
+        if port is None or "empty port" not in str(error):
+            raise
+        raise OSError(f"the port {port} is taken; give another one") from error

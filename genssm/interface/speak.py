@@ -17,7 +17,15 @@ from genssm.interface import uploads
 from genssm.interface.components import kept, live, seed_row, status_line
 from genssm.interface.courtesy import polite
 from genssm.interface.growth import Growth, packed_sound
-from genssm.interface.house import House, Visit, chosen_seed, stop, updates, within
+from genssm.interface.house import (
+    LARGEST_SEED,
+    House,
+    Visit,
+    chosen_seed,
+    stop,
+    updates,
+    within,
+)
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import DEFAULTS
 
@@ -123,7 +131,7 @@ class Speaker:
                 growth.message([packed_sound(np.zeros(round(PAUSE * codec.rate)))])
             visit = spoken.visit
             for told in self.house.begin(
-                visit, "audio", prompt, rate=rate, seed=seed + i, **settings
+                visit, "audio", prompt, rate=rate, seed=(seed + i) % (LARGEST_SEED + 1), **settings
             ):
                 yield None, growth.message() | {"play": False}, told, spoken
             yield None, growth.message() | {"play": pace.live}, self._status(spoken), spoken

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -431,13 +431,32 @@ def read(model: Stepper, tokens: Tensor, before: Reading | None = None) -> Readi
 
     A long prompt may use all of torch's threads; they change no bit of the result.
     """
+    return result_of(read_by_pieces(model, tokens, before))
+
+
+def result_of(steps: Generator[None, None, T]) -> T:
+    """What a generator returns, after all its steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def read_by_pieces(
+    model: Stepper, tokens: Tensor, before: Reading | None = None
+) -> Generator[None, None, Reading]:
+    """``read``, step by step: yields between the pieces, returns the reading."""
     if before is None and len(tokens) == 0:
         raise ValueError("a prompt needs at least its start token")
     logits, state = torch.empty(0), model.initial_state(1)
     if before is not None:
         logits, state = before.logits, before.state
-    with torch_threads(1 if len(tokens) <= SHORT else allowed_threads()):
-        for i in range(0, len(tokens), PIECE):
+    threads = 1 if len(tokens) <= SHORT else allowed_threads()
+    for i in range(0, len(tokens), PIECE):
+        if i:
+            yield
+        with torch_threads(threads):
             logits, state = model.read(tokens[None, i : i + PIECE], state)
     return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
 

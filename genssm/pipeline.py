@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
@@ -20,7 +20,17 @@ from genssm.codec import Audio, Codec, Decoder, Image, Raw
 from genssm.conversion import to_recurrent
 from genssm.cuda import CapturedModel
 from genssm.data import Example
-from genssm.engine import CompiledGeneration, Drawn, Generation, Reading, Snapshot, begin, read
+from genssm.engine import (
+    CompiledGeneration,
+    Drawn,
+    Generation,
+    Reading,
+    Snapshot,
+    begin,
+    read,
+    read_by_pieces,
+    result_of,
+)
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.provenance import MOST_TOKENS, Recipe, RecipeError
@@ -506,9 +516,22 @@ class Pipeline:
 
         ``state``: what to continue, if the plan says so and its tokens do not suffice.
         """
+        return self._sessions(plan, *result_of(self._read_plan(plan, state)), snapshot_every)
+
+    def beginning(
+        self, plan: Plan, state: Reading | None = None, snapshot_every: int = 0
+    ) -> Iterator[Session | None]:
+        """The first of ``batches``; before it None, between the pieces of a long prompt."""
+        begun = yield from self._read_plan(plan, state)
+        yield next(self._sessions(plan, *begun, snapshot_every))
+
+    def _read_plan(
+        self, plan: Plan, state: Reading | None
+    ) -> Generator[None, None, tuple[Reading, Reading | None]]:
+        """What a plan's samples go on from, and what guides them, if anything."""
         start = state
         if start is None:
-            start = read(self.recurrent, torch.tensor(plan.tokens))
+            start = yield from read_by_pieces(self.recurrent, torch.tensor(plan.tokens))
         elif plan.state is None:
             raise ValueError("these samples continue no state; leave the state out")
         if plan.state is not None and states.fingerprint(start) != plan.state:
@@ -516,9 +539,13 @@ class Pipeline:
                 "these samples continue a state file that is not this one; give the one they were "
                 "made from"
             )
-        guide = None
-        if plan.guidance != 1:
-            guide = self._unconditional(plan.tokens)
+        if plan.guidance == 1:
+            return start, None
+        return start, (yield from self._unconditional(plan.tokens))
+
+    def _sessions(
+        self, plan: Plan, start: Reading, guide: Reading | None, snapshot_every: int
+    ) -> Iterator[Session]:
         size = self.side_by_side
         parts = (
             replace(plan, indices=plan.indices[i : i + size])
@@ -531,11 +558,12 @@ class Pipeline:
             for part in parts
         )
 
-    def _unconditional(self, tokens: Sequence[int]) -> Reading:
+    def _unconditional(self, tokens: Sequence[int]) -> Generator[None, None, Reading]:
         """A prompt, read without its class and with its opening open, also what is yet to come."""
         begin = 1 + self.codec.opening
         open_ = [self.codec.boundary] * len(tokens[:begin])
-        guide = read(self.recurrent, torch.tensor([*open_, *tokens[begin:]]))
+        told = torch.tensor([*open_, *tokens[begin:]])
+        guide = yield from read_by_pieces(self.recurrent, told)
         return replace(guide, state=self.recurrent.foretold(guide.state, self.codec.boundary))
 
     def recipe(self, samples: Sequence[Sample], prompt: str | None = None) -> Recipe | None:

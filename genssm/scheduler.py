@@ -32,11 +32,11 @@ class Job:
         self, pipe: Pipeline, plan: Plan, state: Reading | None, until: float, snapshot_every: int
     ) -> None:
         self.plan = plan
-        self._pipe, self._state, self._until = pipe, state, until
-        self._snapshot_every = snapshot_every
+        self._until = until
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[tuple[int, Raw] | None] = queue.SimpleQueue()
         self._session: Session | None = None
+        self._beginning = pipe.beginning(plan, state, snapshot_every)
         self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
@@ -82,15 +82,15 @@ class Job:
         return None
 
     def _turn(self) -> bool:
-        """One piece of work: the prompt, or the next block. False when there is no more."""
+        """A piece of the prompt, or what the next block gives. False when there is no more."""
         if self._cancelled.is_set() or time.monotonic() > self._until:
             return False
         if self._session is None:
-            self._session = next(self._pipe.batches(self.plan, self._state, self._snapshot_every))
+            self._session = next(self._beginning)
         else:
             for piece in self._session.ready():
                 self._pieces.put(piece)
-        return bool(self._session.generation.active)
+        return self._session is None or bool(self._session.generation.active)
 
 
 class Scheduler:

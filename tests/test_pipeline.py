@@ -16,7 +16,7 @@ from genssm import pipeline
 from genssm.checkpoint import Checkpoint, save
 from genssm.codec import Audio, Codec
 from genssm.data import Example
-from genssm.engine import Drawn, read
+from genssm.engine import Drawn, read, result_of
 from genssm.evaluate import token_bits
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
@@ -440,7 +440,7 @@ def test_guidance_spans_from_any_to_the_class(pipes: dict[str, Pipeline], modali
 
     own = drawn(label, guidance=1.0)
     assert drawn(label) == drawn(label, guidance=GUIDANCE[modality])
-    unguided: Any = {"state": pipe._unconditional([pipe.codec.boundary])}
+    unguided: Any = {"state": result_of(pipe._unconditional([pipe.codec.boundary]))}
     open_ = tokens_of(pipe.sample(**unguided, count=3, max_tokens=25, seed=7))
     assert drawn(label, guidance=0.0) == open_ != own
     assert (drawn("any") == open_) == (modality == "image")  # it has no opening to be left open

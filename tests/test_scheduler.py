@@ -15,6 +15,7 @@ from genssm.codec import Codec
 from genssm.engine import CompiledGeneration, draw_ahead
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
+from genssm.request import Request
 from genssm.scheduler import BusyError, Job, Scheduler
 
 
@@ -143,11 +144,40 @@ def test_closing_ends_what_is_under_way_with_what_it_has(pipe: Pipeline):
         scheduler.submit(max_tokens=3)
 
 
-def test_a_failure_is_that_requests_alone(scheduler: Scheduler, pipe: Pipeline):
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_long_prompt_takes_a_turn_for_each_piece(
+    pipe: Pipeline, guidance: float, monkeypatch: pytest.MonkeyPatch
+):
+    """So that others have theirs between, and it may end before it is read."""
+    monkeypatch.setattr("genssm.engine.PIECE", 8)
+    prompt = np.zeros(50, np.float32)
+    plan = pipe.plan(prompt, Request(label="one", max_tokens=6, seed=3, guidance=guidance))
+    pieces = -(-len(plan.tokens) // 8)
+    job = Job(pipe, plan, None, time.monotonic() + 60, 0)
+    turns = 0
+    while not job.samples():
+        assert job._turn()
+        turns += 1
+    assert turns == (pieces if guidance == 1 else 2 * pieces - 1)
+    while job._turn():
+        pass
+    expected = pipe.sample(prompt, label="one", max_tokens=6, seed=3, guidance=guidance)
+    assert [s.tokens for s in job.samples()] == [s.tokens for s in expected]
+    late = Job(pipe, plan, None, time.monotonic() + 60, 0)
+    assert late._turn()
+    late.cancel()
+    assert not late._turn()
+    assert late.samples() == []
+
+
+def test_a_failure_is_that_requests_alone(
+    scheduler: Scheduler, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
     other = scheduler.submit(max_tokens=300, seed=4)
-    broken = scheduler.submit(max_tokens=300, seed=5)
-    broken._pipe = None  # type: ignore[assignment]
-    with pytest.raises(AttributeError):
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "beginning", lambda *_: (1 / 0 for _ in [0]))
+        broken = scheduler.submit(max_tokens=300, seed=5)
+    with pytest.raises(ZeroDivisionError):
         broken.run()
     assert other.run()[0].tokens == pipe.sample(max_tokens=300, seed=4)[0].tokens
     wait_until(lambda: scheduler.busy == 0)

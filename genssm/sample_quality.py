@@ -149,16 +149,17 @@ def _figures(judged: Judged, real: Judged) -> dict[str, object]:
 def measure_text(
     samples: Sequence[str], train: Sequence[str], held_out: Sequence[str]
 ) -> dict[str, object]:
-    """Figures of texts, each beside that of real held-out text of the same length, if any.
+    """Figures of texts, each beside that of as many pieces of real held-out text of their length.
 
     "distinct": different runs of four words over all; "copied": share of the text that is in the
     training text word for word, in runs of about ``COPIED`` characters and more.
     """
     known = {hash(t[i : i + COPIED]) for t in train for i in range(0, len(t) - COPIED + 1, COPIED)}
-    length = max(map(len, samples), default=0)
+    length = max([1, *map(len, samples)])
     facts: dict[str, object] = {"samples": len(samples), **_text_figures(samples, known)}
     if held_out:
-        cut = [text[:length] for text in held_out[: len(samples)]]
+        pieces = [t[i : i + length] for t in held_out for i in range(0, len(t), length)]
+        cut = pieces[:: max(1, len(pieces) // max(1, len(samples)))][: len(samples)]
         facts["held out"] = {"samples": len(cut), **_text_figures(cut, known)}
     return facts
 

@@ -92,6 +92,9 @@ def test_text_is_measured_by_what_it_repeats():
     assert isinstance(held_out, dict)
     assert held_out["copied"] == 0.0
     assert COPIED == 40
+    many = measure_text([train[0][:300]] * 3, train, ["nothing of the kind, " * 60])["held out"]
+    assert isinstance(many, dict)
+    assert many["samples"] == 3  # pieces of the one document
 
 
 def test_samples_of_a_model_are_held_against_data(

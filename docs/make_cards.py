@@ -44,14 +44,14 @@ def table(folder: Path) -> str:
     for name, metric in config["metrics"].items():
         if str(metric.get("unit")).startswith("bits/"):
             rows[name] = f"{metric['value']:.4g} {metric['unit']}"
-        elif "frechet" in metric:
+        elif "samples" in metric:
             rows |= _judged(name, metric)
     lines = [f"| {name} | {value} |\n" for name, value in rows.items()]
     return "".join(["| | |\n| --- | --- |\n", *lines])
 
 
 def _judged(name: str, metric: dict[str, Any]) -> dict[str, str]:
-    """What a classifier found in samples, beside the same of real held-out data."""
+    """What was found in samples, of pictures and sound by a classifier, beside held-out data."""
     given = ", ".join(f"{key} {value}" for key, value in metric["settings"].items())
     facts = {
         "recognised": "recognised",
@@ -59,12 +59,17 @@ def _judged(name: str, metric: dict[str, Any]) -> dict[str, str]:
         "inception": "score by its classes",
         "diversity": "mean distance within a class",
         "nearest": "median distance to the nearest training example",
+        "distinct": "different runs of four words over all",
+        "copied": "share that is in the training text word for word",
     }
     rows = {
         f"{name}: {title}": f"{metric[key]:.4g} (held-out data: {metric['held out'][key]:.4g})"
         for key, title in facts.items()
+        if key in metric
     }
-    rows[f"{name}: nearer to training data than 99 % of held-out data"] = f"{metric['copies']:.1%}"
+    if "copies" in metric:
+        nearer = f"{name}: nearer to training data than 99 % of held-out data"
+        rows[nearer] = f"{metric['copies']:.1%}"
     return {name: f"{metric['samples']}, {given}"} | rows
 
 

@@ -159,10 +159,15 @@ def sample(
         str | None, typer.Option(help="Class of a picture or sound given as prompt.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy, 1 is the model itself.")
+        float | None,
+        typer.Option(
+            min=0, help="0 is greedy, 1 is the model itself (text 0.8, pictures 0.92, sound 0.9)."
+        ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep this much probability (text 0.95).")
+    ] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Keep what is this likely relative to the likeliest.")
     ] = None,
@@ -173,7 +178,8 @@ def sample(
         list[str] | None, typer.Option(help="End the text before this string (repeatable).")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="The same seed gives the same sample.")
+        int | None,
+        typer.Option(min=0, help="The same seed gives the same sample (a new one; folders: 0)."),
     ] = None,
     engine: Annotated[
         str,

@@ -402,6 +402,9 @@ def test_help_states_the_defaults_that_depend_on_the_model(run) -> None:
     stated = " ".join(run("sample", "--help").stdout.split())
     for modality, name in (("image", "pictures"), ("audio", "sound")):
         assert f"{name} {GUIDANCE[modality]:g}" in stated
+    for modality, name in (("text", "text"), ("image", "pictures"), ("audio", "sound")):
+        assert f"{name} {DEFAULTS[modality].temperature:g}" in stated
+    assert f"(text {DEFAULTS['text'].top_p:g})" in stated
     assert f"sound {DEFAULTS['audio'].plausible:g}" in stated
 
 

@@ -73,6 +73,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def _told(error: Exception) -> str:
     """An error as a sentence; one of the operating system as its file and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        if isinstance(error, FileExistsError):  # in the place of a folder
+            return f"{os.fsdecode(error.filename)!r} is a file; give a folder"
         return f"{os.fsdecode(error.filename)!r}: {error.strerror}"
     return str(error) or type(error).__name__
 
@@ -97,6 +99,10 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             from genssm.checkpoint import UnknownModelError
 
             _fail(_told(error), USAGE if isinstance(error, UnknownModelError) else FAILED)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("allocate memory", "out of memory")):
+                raise
+            _fail("there is not enough memory; make model, batch or length smaller", FAILED)
 
     return wrapped
 

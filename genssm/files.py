@@ -50,12 +50,14 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
 
 def _read_text(prompt: str, stdin: TextIO) -> str:
     try:
-        if prompt == "-":
-            return stdin.read()
-        return Path(prompt).read_text(encoding="utf-8") if prompt.endswith(".txt") else prompt
+        if prompt.endswith(".txt"):
+            return Path(prompt).read_text(encoding="utf-8")
+        text = stdin.read() if prompt == "-" else prompt
+        text.encode("utf-8", "surrogateescape").decode()  # bytes that were none came as surrogates
+        return text
     except OSError as error:
         raise ValueError(f"cannot read the prompt {prompt!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(
             f"the prompt {prompt!r} is not UTF-8 text (byte {error.start}); convert it"
         ) from error

@@ -215,6 +215,26 @@ def test_a_clip_is_repeated_at_its_rate(run, folders, tmp_path) -> None:
     assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "a-2.wav").read_bytes()
 
 
+def test_too_little_memory_is_one_sentence(run, folders, monkeypatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 GB")
+
+    monkeypatch.setattr("genssm.pipeline.load", full)
+    result = run("score", "x", "-m", folders["text"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "there is not enough memory; make model, batch or length smaller" in result.stderr
+
+
+def test_bytes_that_are_no_text_are_named(folders) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "genssm", "score", "-", "-m", folders["text"]],
+        input=b"caf\xe9", capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert b"the prompt '-' is not UTF-8 text (byte 3); convert it" in done.stderr
+
+
 def test_json_is_ascii_whatever_the_terminal_writes(run, folders, tmp_path) -> None:
     made = run("sample", "-m", folders["text"], "-p", "café 😀", "--max-tokens", 6, "--json").stdout
     assert made.isascii()
@@ -298,7 +318,7 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
         (["sample", "-m", "IMAGE", "-o", "a.txt"], 2, "must end in .png"),
         (["sample", "-m", "IMAGE", "-o", "nowhere/a.png"], 2, "there is no folder 'nowhere'"),
         (["sample", "-m", "TEXT", "-o", ""], 2, "--out needs a file, a folder/ or -"),
-        (["sample", "-m", "TEXT", "-o", "notes.png/"], 2, "'notes.png': File exists"),
+        (["sample", "-m", "TEXT", "-o", "notes.png/"], 2, "'notes.png' is a file; give a folder"),
         (["sample", "-m", "IMAGE", "-o", "a/", "--label", "cat"], 2, "--label; a class is its"),
         (
             ["sample", "-m", "IMAGE", "-o", "a/", "--force"],

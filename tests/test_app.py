@@ -547,6 +547,19 @@ def test_a_number_carries_the_recipe_of_all_its_digits(
     assert len(read_sound(file)[1]) == sum(map(len, parts)) + gaps
 
 
+def test_nothing_in_the_place_of_a_text_or_number_is_told(house: House) -> None:
+    """Programs may send null."""
+    nothing: Any = None
+    *_, (text, *_) = Writer(house).write(nothing, tokens=10, seed=1)
+    assert text
+    *_, (left, _, _) = Inspector(house).fork(nothing, seed=1)
+    assert left["items"]
+    with pytest.raises(gr.Error, match="Give a number of 1 to 6 digits"):
+        list(Speaker(house).speak(nothing))
+    with pytest.raises(gr.Error, match="The duration in seconds must lie in 0 … "):
+        list(Speaker(house).speak("7", duration=nothing))
+
+
 def test_the_largest_seed_serves_every_digit(house: House) -> None:
     *_, (file, *_) = Speaker(house).speak("77", seconds=0.1, seed=2**32 - 1)
     assert file is not None

@@ -181,7 +181,8 @@ class Inspector:
     def _view(self, modality: str) -> anatomy.StateView:
         return anatomy.StateView(self.house.pipe(modality))
 
-    def _read(self, modality: str, prompt: str) -> Reading:
+    def _read(self, modality: str, prompt: str | None) -> Reading:
+        prompt = prompt or ""  # programs may send null
         if len(prompt) > CHARACTERS:
             raise ValueError(f"a prompt may have {CHARACTERS} characters")
         text = prompt if modality == "text" and prompt else None

@@ -86,12 +86,12 @@ class Speaker:
             "temperature": float(within(temperature, 0, 1.5, "temperature")),
             "max_tokens": int(length * codec.rate),
         }
-        if duration != 0:
+        if within(duration, 0, SECONDS, "the duration in seconds"):
             settings["duration"] = float(duration)
         if upload is not None:
             prompts: list[Any] = [heard(uploads.clip(upload, codec, SECONDS), codec)]
         else:
-            prompts = self._labels(words, speaker)
+            prompts = self._labels(words or "", speaker)
         yield from self._spoken(prompts, rate, chosen_seed(seed), settings)
 
     def _labels(self, words: str, speaker: str) -> list[str]:

@@ -49,6 +49,7 @@ class Writer:
         seed: float | None = -1,
     ) -> Iterator[Update]:
         """Continue a text: the text, its pieces with their bits, a line of facts."""
+        prompt = prompt or ""  # programs may send null
         if len(prompt) > CHARACTERS:
             raise ValueError(
                 f"a prompt may have {CHARACTERS} characters, this one has {len(prompt)}"

@@ -533,6 +533,9 @@ def _recipe(name: str, settings: list[str], resumed: Path | None = None) -> Reci
     begun = RECIPES[name]
     if resumed is not None and training_state.exists(resumed):
         kept = training_state.kept_recipe(resumed)
+        owners = [known for known, recipe in RECIPES.items() if recipe.codec == kept.codec]
+        if owners and name not in owners:
+            raise UsageError(f"the training in {str(resumed)!r} is of {owners[0]}, not of {name}")
         begun = kept if kept.modality == begun.modality else begun
     try:
         return begun.changed(parse_settings(settings))

@@ -80,9 +80,22 @@ def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
         files = [file for file in files if ".txt" in map(str.lower, file.suffixes)]
         if not files and not tables:
             raise ValueError(f"the folder {str(path)!r} holds no .txt file")
+    if not files and not tables:
+        raise ValueError(f"there is no file or folder {str(path)!r}")
+    skip = skip and len(files) + len(tables) > 1  # nothing would be left of one
     for documents in _readable((partial(_documents, file) for file in files), skip):
         yield from documents
-    yield from documents_of_rows(row.get("text") for row in _rows(tables, skip))
+    yield from documents_of_rows(_rows(tables, skip, _texts))
+
+
+def _texts(table: Path) -> Iterator[str]:
+    return map(_text, (row.get("text") for row in read_rows(table)))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError('a table of text needs a column "text" of strings')
+    return value
 
 
 def _documents(path: Path) -> list[str]:
@@ -110,9 +123,8 @@ def documents_of_rows(rows: Iterable[Any]) -> Iterator[str]:
     Of those an empty row is a line that was blank, " \\n" in WikiText's own files.
     """
     lines: list[str] | None = None
+    rows = map(_text, rows)
     for row in rows:
-        if not isinstance(row, str):
-            raise ValueError('a table of text needs a column "text" of strings')
         if lines is None and row.strip():
             lines = [] if _DOCUMENT.match(row) else None
             if lines is None:
@@ -244,9 +256,12 @@ def _sound_label(name: PurePosixPath, codec: Codec) -> str | None:
 
 
 def _is_cut_short(data: bytes) -> bool:
-    """Whether these are the beginning of a WAV file; one that was streamed states no length."""
+    """Whether these are the beginning of a WAV file.
+
+    One that was streamed states no length but 2^31 or 2^32, about; some state 8 bytes too many.
+    """
     stated = int.from_bytes(data[4:8], "little")
-    return data[:4] == b"RIFF" and stated < 2**32 - 256 and len(data) < stated + 8
+    return data[:4] == b"RIFF" and stated < 2**31 - 2**16 and len(data) < stated
 
 
 def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
@@ -271,17 +286,6 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
 def _tables(path: Path) -> list[Path]:
     """The parquet files at ``path``, by name."""
     return [file for file in files_at(path) if file.suffix.lower() == PARQUET]
-
-
-def _rows(tables: Iterable[Path], skip: bool) -> Iterator[dict[str, Any]]:
-    """The rows of parquet files, with ``skip`` without what is not readable of them."""
-    for table in tables:
-        try:
-            yield from read_rows(table)
-        except ValueError as error:
-            if not skip:
-                raise
-            warnings.warn(f"left out: {error}", stacklevel=2)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -309,6 +313,19 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         raise ValueError(f"{str(path)!r} is not a readable parquet file: {error}") from error
+
+
+def _rows(
+    tables: Iterable[Path], skip: bool, read: Callable[[Path], Iterator[T]] = read_rows
+) -> Iterator[T]:
+    """The rows of parquet files, with ``skip`` without what is not readable of them."""
+    for table in tables:
+        try:
+            yield from read(table)
+        except ValueError as error:
+            if not skip:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
 
 
 def examples_of_rows(
@@ -401,7 +418,13 @@ def find_split(path: Path, split: str, modality: str) -> Path:
         )
     suffixes = {".txt", PARQUET} if modality == "text" else set()
     shards = path / f"{split}-[0-9]*-of-[0-9]*{PARQUET}"
-    found = [shards] if files_at(shards) else []
+    parts = files_at(shards)
+    if parts and [int(p.stem.rpartition("-")[2]) for p in parts] != [len(parts)] * len(parts):
+        raise ValueError(
+            f"the folder {str(path)!r} holds {len(parts)} parquet files of {split!r}, of "
+            f"{int(parts[-1].stem.rpartition('-')[2])}; it needs all of one set, and no others"
+        )
+    found = [shards] if parts else []
     found += [
         p
         for p in sorted(path.iterdir())

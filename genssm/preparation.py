@@ -128,7 +128,7 @@ def _open_stream(path: Path, documents: Callable[[], Iterable[Tensor]], codec: C
         )
     stream = open_tokens(path, documents, codec.vocab_size)
     for facts in others:
-        for file in (facts, facts.with_suffix(".bin")):
+        for file in (facts.with_suffix(".bin"), facts):
             file.unlink(missing_ok=True)
     return stream
 

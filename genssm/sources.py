@@ -206,4 +206,6 @@ def split_of(data: Path) -> str | None:
     if comes_in_splits(data):
         return "validation"
     name, _, split = str(data).rpartition(":")
-    return split if not data.exists() and comes_in_splits(Path(name)) else None
+    if not name or data.exists() or not comes_in_splits(Path(name)):
+        return None
+    return split or "validation"

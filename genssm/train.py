@@ -63,6 +63,7 @@ def train(
     """
     begun = _begin(recipe, out, resume, start)
     with joined() as world, _alone(out, world), _interruption() as interrupted:
+        _holds_training(out, resume)  # another may have come and gone meanwhile
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
         step = training.state.counters.step
@@ -130,9 +131,7 @@ def _begin(
     recipe: Recipe, out: Path, resume: bool, start: str | None
 ) -> checkpoints.Checkpoint | None:
     """Check that ``out`` fits the intention and load the checkpoint to start from, if any."""
-    begun = training_state.exists(out)
-    if begun and not resume:
-        raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
+    begun = _holds_training(out, resume)
     if not begun and not resume and (out / _CHECKPOINT).exists():
         raise FileExistsError(
             f"{str(out)!r} holds a checkpoint, which the training would replace; use another folder"
@@ -144,6 +143,13 @@ def _begin(
     if resume:  # before anything in ``out``, such as the tokenizer, is made anew
         training_state.check(out, recipe)
     return None if start is None else checkpoints.load(start)
+
+
+def _holds_training(out: Path, resume: bool) -> bool:
+    begun = training_state.exists(out)
+    if begun and not resume:
+        raise FileExistsError(f"{str(out)!r} holds a training; resume it or use another folder")
+    return begun
 
 
 @contextmanager
@@ -163,8 +169,7 @@ def _alone(out: Path, world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        (out / ".lock").unlink(missing_ok=True)
+        lock.release()  # the file stays: who removed it would let two in
 
 
 class _Timer:

@@ -90,6 +90,15 @@ def test_a_resumed_training_keeps_its_settings(run):
     assert "has another modality" in other.stderr
 
 
+def test_another_recipe_does_not_go_on_with_a_training(run):
+    own = [s for s in SMALL if not s.startswith("labels")]
+    settings = [a for setting in (*own, "steps=1", "length=128") for a in ("--set", setting)]
+    train = ("train", "digits", "--data", "data", "-o", "out", "-q")
+    assert run(*train, *settings).exit_code == 0
+    other = run("train", "sc09", "--data", "data", "-o", "out", "--resume")
+    assert (other.exit_code, "is of digits, not of sc09" in other.stderr) == (2, True)
+
+
 def test_train_classify_and_judge_samples(run, tmp_path: Path):
     result = run("train", "digits", "--data", "data", "-o", "out", "--set", "steps=2", *SETTINGS)
     assert result.exit_code == 0, result.stderr

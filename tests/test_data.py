@@ -374,6 +374,30 @@ def test_a_split_is_found_in_its_numbered_tables(tmp_path: Path):
     (tmp_path / "train.txt").touch()
     with pytest.raises(ValueError, match="found 2"):
         find_split(tmp_path, "train", "text")
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="holds 1 parquet files of 'train', of 2; it needs all"):
+        find_split(tmp_path, "train", "text")
+
+
+@pytest.mark.parametrize("stated", [0x7FFFF024, 0x80000024, 0xFFFFFFFF, "whole"])
+def test_a_clip_that_was_streamed_is_whole(
+    stated: int | str, tmp_path: Path, write_sound: Write
+) -> None:
+    file = write_sound(tmp_path / "one_a.wav", np.zeros(50))
+    data = bytearray(file.read_bytes())
+    size = len(data) if isinstance(stated, str) else stated
+    data[4:8] = size.to_bytes(4, "little")
+    file.write_bytes(data)
+    assert [len(e.raw) for e in read_clips(tmp_path, AUDIO)] == [50]
+
+
+def test_one_text_that_is_not_readable_is_named_with_skip_too(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError, match=r"a.txt' is not readable UTF-8"):
+            list(read_documents(path, skip=True))
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        list(read_documents(tmp_path / "gone.txt", skip=True))
 
 
 def test_no_split_or_two_are_refused(tmp_path: Path):

@@ -166,6 +166,15 @@ def test_a_damaged_table_among_others_is_fatal_or_left_out(skip: bool, cells, tm
             list(found)
 
 
+def test_a_table_of_other_columns_among_texts_is_fatal_or_left_out(tmp_path: Path):
+    for i, columns in enumerate(({"text": ["a", "b"]}, {"body": ["c"]}, {"text": ["d"]})):
+        write_table(tmp_path / "t" / f"{i}.parquet", columns)
+    with pytest.raises(ValueError, match='needs a column "text"'):
+        list(read_documents(tmp_path / "t"))
+    with pytest.warns(UserWarning, match='left out: .*needs a column "text"'):
+        assert list(read_documents(tmp_path / "t", skip=True)) == ["a", "b", "d"]
+
+
 def test_examples_of_no_known_class_are_told(tmp_path: Path, write_picture: Callable[..., Path]):
     for i, folder in enumerate(("0", "1", "zero", "one", "2")):
         for split in ("train", "validation"):
@@ -280,7 +289,7 @@ def test_what_comes_in_splits_is_known(commands: Path, tmp_path: Path):
 
 
 def test_of_a_folder_of_splits_validation_is_measured_unless_another_is_named(
-    tmp_path: Path, text_codec: Text
+    tmp_path: Path, text_codec: Text, monkeypatch: pytest.MonkeyPatch
 ):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text(split)
@@ -288,6 +297,12 @@ def test_of_a_folder_of_splits_validation_is_measured_unless_another_is_named(
         data = Path(f"{tmp_path}{name}")
         assert [e.raw for e in sources.read_examples(data, text_codec)] == [raw]
         assert sources.split_of(data) == (None if "/train.txt" in name else raw)
+    assert sources.split_of(Path(f"{tmp_path}:")) == "validation"
+    assert sources.split_of(Path("wikitext-2:")) == "validation"
+    monkeypatch.chdir(tmp_path)
+    assert sources.split_of(Path("train")) is None
+    with pytest.raises(ValueError, match="there is no file or folder 'nowhere'"):
+        sources.read_examples(Path("nowhere"), text_codec)
     (tmp_path / "validation.txt").unlink()
     assert [e.raw for e in sources.read_examples(tmp_path, text_codec)] == ["train"]
 

@@ -74,8 +74,9 @@ def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
     Of a folder, those of all text files, then those of the parquet files: one table, in which a
     document may go on from file to file. With ``skip`` files that are not readable are left out.
     """
-    tables = _tables(path)
-    files = [file for file in files_at(path) if file not in tables]
+    found = files_at(path)
+    tables = [file for file in found if _is_table(file)]
+    files = [file for file in found if not _is_table(file)]
     if path.is_dir():
         files = [file for file in files if ".txt" in map(str.lower, file.suffixes)]
         if not files and not tables:
@@ -285,7 +286,11 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
 
 def _tables(path: Path) -> list[Path]:
     """The parquet files at ``path``, by name."""
-    return [file for file in files_at(path) if file.suffix.lower() == PARQUET]
+    return [file for file in files_at(path) if _is_table(file)]
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() == PARQUET
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

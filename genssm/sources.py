@@ -194,18 +194,22 @@ def read_examples(data: Path, codec: Codec) -> Iterator[Example]:
 
     Of data that comes in splits, if none is named, those of validation.
     """
-    split = split_of(data)
+    whole, split = _part(data)
     if split is None:
         return read_local(data, codec)
-    whole = data if comes_in_splits(data) else Path(str(data).rpartition(":")[0])
     return open_split(whole, split, codec.modality).examples(codec)
 
 
 def split_of(data: Path) -> str | None:
     """The split that ``read_examples`` takes; None for data that does not come in splits."""
+    return _part(data)[1]
+
+
+def _part(data: Path) -> tuple[Path, str | None]:
+    """A folder or public set, and which of its splits; "SET:SPLIT" names one."""
     if comes_in_splits(data):
-        return "validation"
+        return data, "validation"
     name, _, split = str(data).rpartition(":")
     if not name or data.exists() or not comes_in_splits(Path(name)):
-        return None
-    return split or "validation"
+        return data, None
+    return Path(name), split or "validation"

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -28,6 +28,7 @@ PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
 BLOCK = 32  # tokens of a sample that the compiled loop draws at once, after 1, 2, 4, …
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
+OVERGROWN = 1e12  # no sound state comes near; the squares in the norms overflow from 1.8e19
 TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
 T = TypeVar("T")
@@ -37,11 +38,22 @@ R = TypeVar("R")
 class NotFiniteError(ValueError):
     """A model predicts something that is no number; the message names the layer at fault."""
 
-    def __init__(self, model: RecurrentModel) -> None:
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        names = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
-        first = f"{names[0]} holds such values" if names else "its state has grown without bound"
-        super().__init__(f"the model predicts values that are not finite numbers: {first}")
+    def __init__(self, model: RecurrentModel, state: State) -> None:
+        """``state``: of the step that predicts so, or of one after it."""
+        weights = _first_beyond(math.inf, (*model.named_parameters(), *model.named_buffers()))
+        layer = _first_beyond(OVERGROWN, model.named_states(state))
+        if weights is not None:
+            cause = f"{weights} holds such values"
+        elif layer is not None:
+            cause = f"its state has grown without bound, first that of {layer}"
+        else:
+            cause = "its weights and states are finite, but not what the head makes of them"
+        super().__init__(f"the model predicts values that are not finite numbers: {cause}")
+
+
+def _first_beyond(bound: float, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor whose magnitudes are not all below the bound, as NaN is not."""
+    return next((name for name, tensor in tensors if not bool((tensor.abs() < bound).all())), None)
 
 
 class Drawn(NamedTuple):
@@ -119,7 +131,7 @@ class Generation:
             chosen = own.gather(-1, tokens[:, None])[:, 0]
             bits = (own.logsumexp(-1) - chosen) / math.log(2)
             if not bool(bits.isfinite().all()):
-                raise NotFiniteError(self.model)
+                raise NotFiniteError(self.model, self._state)
             self._seen.scatter_(-1, tokens[:, None], True)
             self._pending = tokens
         return [
@@ -284,7 +296,9 @@ class CompiledGeneration:
         self._position, self._size = self._position + size, min(2 * self._size, BLOCK)
         self._left -= size
         if not all(np.isfinite(bits).all() for _, bits in blocks):
-            self._error = NotFiniteError(self.model.model)
+            with np.errstate(all="ignore"):
+                state = self._joined(self._parts).state
+            self._error = NotFiniteError(self.model.model, state)
         parts = zip(self._parts, blocks, strict=True)
         rows = [
             map(Drawn, repeat(sample), *drawn)

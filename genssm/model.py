@@ -6,7 +6,7 @@ Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack, delaye
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -767,6 +767,18 @@ class RecurrentStack(nn.Module):
         return u, tuple(states)
 
 
+def _named_states(stack: RecurrentStack, states: tuple, name: str) -> Iterator[tuple[str, Tensor]]:
+    for i, (layer, state) in enumerate(zip(stack.layers, states, strict=True)):
+        place = f"{name}.layers.{i}"
+        if isinstance(layer, RecurrentPool):
+            group, queue, inner = state
+            yield place, group
+            yield from _named_states(layer.inner, inner, f"{place}.inner")
+            yield f"{place}.up", queue
+        else:
+            yield f"{place}.ssm", state
+
+
 class State(NamedTuple):
     """All that a recurrent model remembers; its size does not depend on the tokens read."""
 
@@ -837,6 +849,10 @@ class RecurrentModel(nn.Module):
         recall = self.recall.empty(len(tokens), tokens.device)
         _, recall = self.recall(window, tokens.shape[1], recall)
         return torch.cat([first, window[:, tokens.shape[1] :]], 1), recall
+
+    def named_states(self, state: State) -> Iterator[tuple[str, Tensor]]:
+        """The layers' states by the modules that compute them, in the order of a step."""
+        return _named_states(self.stack, state.layers, "stack")
 
     def look(
         self, tokens: Tensor, history: Tensor, recall: Tensor, position: int | Tensor,

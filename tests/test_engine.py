@@ -175,3 +175,36 @@ def test_predictions_that_are_no_numbers_name_the_layer(
     generation = begin(stepper, start, config, seed=0, indices=[0])
     with pytest.raises(NotFiniteError, match=re.escape(name)):
         drawn(generation, 6)
+
+
+@pytest.mark.parametrize("weights", ["eager", "fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("isotropic", "stack.layers.1.ssm"),
+        ("pooled", "stack.layers.0.inner.layers.0.inner.layers.0.ssm"),
+        ("pooled", "stack.layers.0.inner.layers.1.ssm"),
+        ("pooled", "stack.layers.1.ssm"),
+    ],
+)
+def test_states_that_grow_without_bound_name_the_layer(
+    kind: str, name: str, weights: str, make_model: MakeModel
+) -> None:
+    recurrent = to_recurrent(make_model(kind))
+    recurrent.get_submodule(name).get_buffer("a").mul_(1e6)
+    engine, precision = ("eager", "fp32") if weights == "eager" else ("cpu", weights)
+    start = read(to_recurrent(make_model(kind)), PROMPT)
+    stepper = choose(recurrent, engine, precision)
+    generation = begin(stepper, start, SamplingConfig(), seed=0, indices=[0, 1])
+    with pytest.raises(NotFiniteError, match=f"without bound, first that of {re.escape(name)}$"):
+        drawn(generation, 60)
+
+
+def test_heads_that_overflow_are_told_from_layers(make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("isotropic"))
+    weight = recurrent.get_submodule("head.linear").get_parameter("weight")
+    weight.copy_(3e38 * weight.sign())
+    start = read(to_recurrent(make_model("isotropic")), PROMPT)
+    generation = begin(recurrent, start, SamplingConfig(), seed=0, indices=[0])
+    with pytest.raises(NotFiniteError, match="not what the head makes of them"):
+        drawn(generation, 6)

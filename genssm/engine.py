@@ -28,7 +28,7 @@ PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
 BLOCK = 32  # tokens of a sample that the compiled loop draws at once, after 1, 2, 4, …
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
-OVERGROWN = 1e12  # no sound state comes near; the squares in the norms overflow from 1.8e19
+OVERGROWN = 1e12  # no sound state comes near; squares overflow from 1.8e19
 TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class NotFiniteError(ValueError):
         if weights is not None:
             cause = f"{weights} holds such values"
         elif layer is not None:
-            cause = f"its state has grown without bound, first that of {layer}"
+            cause = f"its state has grown without bound, first in {layer} or what enters it"
         else:
             cause = "its weights and states are finite, but not what the head makes of them"
         super().__init__(f"the model predicts values that are not finite numbers: {cause}")

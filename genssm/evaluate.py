@@ -14,6 +14,7 @@ from torch import Tensor
 from genssm.codec import Codec
 from genssm.conversion import to_recurrent
 from genssm.data import Example
+from genssm.engine import NotFiniteError
 from genssm.model import RecurrentModel, SequenceModel
 
 _LN2 = math.log(2)
@@ -29,13 +30,25 @@ def token_bits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tenso
     ``rate`` scales Δ in every layer.
     Memory is bounded: logits are made in slices, and beyond ``LONGEST`` tokens the sequence is read
     in pieces, the state of the recurrence carrying over.
+
+    Raises NotFiniteError, a ValueError, where a prediction is no number.
     """
     reader, targets = tokens[:, :-1], tokens[:, 1:]
     if reader.shape[1] > LONGEST:
         return _token_bits_in_pieces(to_recurrent(model, rate), reader, targets)
+    bits = _convolved_token_bits(model, reader, targets, rate)
+    if not bool(bits.isfinite().all()):
+        recurrent = to_recurrent(model, rate)
+        raise NotFiniteError(recurrent, recurrent.read(reader)[1])
+    return bits
+
+
+def _convolved_token_bits(
+    model: SequenceModel, reader: Tensor, targets: Tensor, rate: float
+) -> Tensor:
     features, known = model.features(reader, rate)
     bits = []
-    step = max(1, _HEAD // len(tokens))
+    step = max(1, _HEAD // len(reader))
     for i in range(0, reader.shape[1], step):
         part = slice(i, i + step)
         log_p = model.head.log_prob(features[:, part], known[:, part], targets[:, part])
@@ -50,6 +63,8 @@ def _token_bits_in_pieces(model: RecurrentModel, reader: Tensor, targets: Tensor
         logits, state = model.prefill(reader[:, part], state)
         log_p = torch.log_softmax(logits, -1).gather(-1, targets[:, part, None])[..., 0]
         bits.append(log_p / -_LN2)
+        if not bool(bits[-1].isfinite().all()):
+            raise NotFiniteError(model, state)
     return torch.cat(bits, 1)
 
 
@@ -93,7 +108,7 @@ def evaluate(
 ) -> Evaluation:
     """The mean exact likelihood over at most ``limit`` examples, each from its start.
 
-    ``rate`` scales Δ in every layer.
+    ``rate`` scales Δ in every layer. Raises NotFiniteError as ``token_bits`` does.
     """
     bits, tokens, units, count, words = 0.0, 0, 0, 0, 0
     for batch in _batches((e, codec.encode(e.raw, e.label)) for e in islice(examples, limit)):

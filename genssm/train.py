@@ -18,6 +18,7 @@ from genssm import checkpoint as checkpoints
 from genssm import training_state
 from genssm.batches import Batch
 from genssm.distributed import World, joined
+from genssm.engine import NotFiniteError
 from genssm.evaluate import Evaluation, evaluate
 from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate
@@ -281,7 +282,10 @@ class _Training:
         world, examples, counters = self.world, self.data.validation, self.state.counters
         model = self.state.exported()
         mine = examples[world.rank :: world.size]
-        own = evaluate(model, self.data.codec, mine) if mine else Evaluation(0, "", 0, 0, 0, 0)
+        try:
+            own = evaluate(model, self.data.codec, mine) if mine else Evaluation(0, "", 0, 0, 0, 0)
+        except NotFiniteError:  # no process may wait for another that has stopped
+            own = Evaluation(math.nan, "", math.nan, 0, 1, 0)
         bits, units = world.sums([own.bits, own.units])
         value = bits / units
         if value < counters.best:

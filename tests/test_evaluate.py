@@ -15,6 +15,7 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Text
 from genssm.conversion import to_recurrent
 from genssm.data import Example
+from genssm.engine import NotFiniteError
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.model import Logistics, SequenceModel, Softmax
 
@@ -156,3 +157,16 @@ def test_nothing_to_evaluate_is_refused(texts: list[str], make_model: MakeModel,
     model = make_model("isotropic", vocab_size=400, n_outputs=400)
     with pytest.raises(ValueError, match="holds nothing to evaluate"):
         evaluate(model, text_codec, map(Example, texts))
+
+
+@pytest.mark.parametrize("longest", [16_384, 10])
+def test_likelihoods_that_are_no_numbers_name_the_layer(
+    longest: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("isotropic")
+    with torch.no_grad():  # what layer 0 adds overflows, and layer 1 norms it
+        weight = model.get_parameter("stack.layers.0.mixer.up.weight")
+        weight.copy_(3e38 * weight.sign())
+    monkeypatch.setattr(evaluation, "LONGEST", longest)
+    with pytest.raises(NotFiniteError, match=r"stack\.layers\.1\.ssm or what enters it"):
+        token_bits(model, torch.randint(0, model.config.n_outputs, (2, 40)))

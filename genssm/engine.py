@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from genssm.cuda import CapturedModel
+from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, State
 from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
 from genssm.stepper import CompiledModel, Stepper
@@ -28,32 +29,10 @@ PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
 BLOCK = 32  # tokens of a sample that the compiled loop draws at once, after 1, 2, 4, …
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
-OVERGROWN = 1e12  # no sound state comes near; squares overflow from 1.8e19
 TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class NotFiniteError(ValueError):
-    """A model predicts something that is no number; the message names the layer at fault."""
-
-    def __init__(self, model: RecurrentModel, state: State) -> None:
-        """``state``: of the step that predicts so, or of one after it."""
-        weights = _first_beyond(math.inf, (*model.named_parameters(), *model.named_buffers()))
-        layer = _first_beyond(OVERGROWN, model.named_states(state))
-        if weights is not None:
-            cause = f"{weights} holds such values"
-        elif layer is not None:
-            cause = f"its state has grown without bound, first in {layer} or what enters it"
-        else:
-            cause = "its weights and states are finite, but not what the head makes of them"
-        super().__init__(f"the model predicts values that are not finite numbers: {cause}")
-
-
-def _first_beyond(bound: float, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor whose magnitudes are not all below the bound, as NaN is not."""
-    return next((name for name, tensor in tensors if not bool((tensor.abs() < bound).all())), None)
 
 
 class Drawn(NamedTuple):

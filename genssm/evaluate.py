@@ -14,7 +14,7 @@ from torch import Tensor
 from genssm.codec import Codec
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.engine import NotFiniteError
+from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, SequenceModel
 
 _LN2 = math.log(2)

@@ -18,8 +18,8 @@ from genssm import checkpoint as checkpoints
 from genssm import training_state
 from genssm.batches import Batch
 from genssm.distributed import World, joined
-from genssm.engine import NotFiniteError
 from genssm.evaluate import Evaluation, evaluate
+from genssm.finite import NotFiniteError
 from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate
 from genssm.preparation import TOKENIZER, kept_tokenizer, load_weights, prepare

@@ -27,11 +27,11 @@ from genssm.engine import (
     CompiledGeneration,
     Drawn,
     Generation,
-    NotFiniteError,
     begin,
     draw_ahead,
     read,
 )
+from genssm.finite import NotFiniteError
 from genssm.model import Linear, RecurrentModel, SequenceModel, State
 from genssm.pipeline import Pipeline
 from genssm.provenance import RecipeError

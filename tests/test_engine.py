@@ -9,7 +9,8 @@ import torch
 
 from genssm import engine
 from genssm.conversion import to_recurrent
-from genssm.engine import Generation, NotFiniteError, begin, read
+from genssm.engine import Generation, begin, read
+from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import choose

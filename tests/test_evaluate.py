@@ -15,8 +15,8 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Text
 from genssm.conversion import to_recurrent
 from genssm.data import Example
-from genssm.engine import NotFiniteError
 from genssm.evaluate import Evaluation, evaluate, token_bits
+from genssm.finite import NotFiniteError
 from genssm.model import Logistics, SequenceModel, Softmax
 
 Near = Callable[[Tensor, Tensor, float], None]

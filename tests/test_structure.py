@@ -19,6 +19,7 @@ ORDER = (
     "layers",
     "recall",
     "model",
+    "finite",
     "conversion",
     "codec",
     "data",

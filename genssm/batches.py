@@ -53,8 +53,12 @@ class TextBatches:
         seed: int,
         boundary: int | None = None,
     ) -> None:
-        if len(stream) <= length:
-            raise ValueError(f"the text has {len(stream)} tokens, fewer than a window of {length}")
+        least = length + 1 if boundary is None else 2
+        if len(stream) < least:
+            raise ValueError(
+                f"the text has {len(stream)} tokens, and windows of length {length} need {least}; "
+                "take a smaller length or more text"
+            )
         self.stream, self.batch_size, self.length, self.seed = stream, batch_size, length, seed
         self.boundary = boundary
 

@@ -123,8 +123,8 @@ def normal_plus_low_rank(measure: str, N: int) -> NormalPlusLowRank:
     """A measure's operator as a normal matrix minus rank 1 (LegT: 2), unitarily diagonalised.
 
     ``A + P Pᵀ`` is a real multiple of the identity plus a skew-symmetric matrix, whose unitary
-    eigenbasis is perfectly conditioned. (A itself must not be diagonalised: for LegS the condition
-    number of its eigenvectors grows like 2^(4N/3).) Source: S4, Theorem 1 and Appendix C.1.
+    eigenbasis is perfectly conditioned. (A itself must not be diagonalised: for LegS the entries
+    of its eigenvectors grow to 2^(4N/3).) Source: S4, Lemma 3.2, Theorem 1 and Appendix C.1.
     """
     A, B = operator(measure, N)
     if N % 2:
@@ -196,7 +196,8 @@ class Memory:
         ages = ages.double()
         if self.dt is None:  # Legendre on the whole history, 1 is now
             return _legendre(1 - 2 * (ages + 0.5) / max(self.steps, 1), N)
-        age = (ages * self.dt).numpy()
+        # The bilinear rule holds a value for the step that ends with it: its middle is its place.
+        age = ((ages + 0.5) * self.dt).numpy()
         if self.measure == "legt":
             return _legendre(1 - 2 * torch.from_numpy(age), N)
         if self.measure == "lagt":

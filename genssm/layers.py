@@ -136,12 +136,18 @@ class TrainedLayer(nn.Module, ABC):
             return y
 
     def _kernel_of(self, length: int, rate: float) -> Tensor:
-        """``kernel``, kept between calls that need no gradient while no parameter changes."""
+        """``kernel``, kept between calls that need no gradient while nothing changes.
+
+        A call with gradients forgets it, for not every optimizer tells torch what it changes.
+        """
         if torch.is_grad_enabled():
+            self._kept = None
             return self.kernel(length, rate)
-        parameters = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        tensors = [*self.parameters(), *self.buffers()]
+        if any(t.is_inference() for t in tensors):  # whose changes torch does not count
+            return self.kernel(length, rate)
         span = self._kept_length(length)
-        key = (span, rate, parameters)
+        key = (span, rate, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors))
         kept = self._kept
         if kept is None or kept[0] != key:
             self._kept = kept = key, self.kernel(span, rate)
@@ -289,8 +295,10 @@ class S4D(StateSpace):
         return ssm.bilinear_exponent(z), dt[:, None] / (1 - z / 2)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        log_a, b = self._discrete(self.Lambda(), self.dt(rate))
-        return ssm.vandermonde_kernel(2 * self._output() * b[:, None], log_a, length)
+        # In float64: the phase of a mode that lasts is an angle times thousands of steps.
+        log_a, b = self._discrete(self.Lambda(torch.float64), self.dt(rate, torch.float64))
+        C = self._output()
+        return ssm.vandermonde_kernel((2 * C * b[:, None]).to(C.dtype), log_a, length)
 
     def _recurrence(self, rate: float) -> RecurrentStateSpace:
         log_a, b = self._discrete(self.Lambda(torch.float64), self.dt(rate, torch.float64))
@@ -321,6 +329,10 @@ class S4(StateSpace):
     training step: kernels up to ``l_max`` cost O(N + L) memory per feature, and longer ones, or
     those at another rate, first solve for C. Otherwise C itself is stored, for a kernel without
     end: every length costs O(N³ log L). Source: S4, Theorems 1 and 3, Algorithm 1.
+
+    Modes that hardly decay over the kernel cancel in Woodbury's identity. Where a measure begins
+    with such ("legt", "fourier"), and wherever no gradient is needed, kernels are computed in
+    float64.
     """
 
     dynamics = (*StateSpace.dynamics, "P", "B")
@@ -341,6 +353,7 @@ class S4(StateSpace):
         nplr = hippo.normal_plus_low_rank(measure, d_state)
         super().__init__(d_model, nplr.Lambda, **settings)
         self.l_max, self.truncated = l_max, truncated
+        self._lasting = bool((nplr.Lambda.real > -1e-6).any())  # modes that begin without decay
         P, B = (torch.view_as_real(t).float() for t in (nplr.P, nplr.B))
         self.P = nn.Parameter(P.repeat(self.n_ssm, 1, 1, 1))
         self.B = nn.Parameter(B.repeat(self.n_ssm, 1, 1), requires_grad=train_B)
@@ -358,7 +371,10 @@ class S4(StateSpace):
         elif length > span or rate != 1:
             C, span = self._cut(self._solve_output(), length, rate).to(C.dtype), length
         P, B = self._low_rank()
-        return ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)[..., :length]
+        if self._lasting or not torch.is_grad_enabled():
+            C = C.to(torch.complex128)
+        kernel = ssm.cauchy_kernel(C, self.Lambda(), P, B, self.dt(rate), span)
+        return kernel[..., :length].to(self.C.dtype)
 
     @torch.no_grad()
     def load_output(self, other: "S4") -> None:

@@ -79,6 +79,7 @@ class ModelConfig:
             (self.head == "softmax" or not self.recall, "recall is for the softmax head"),
             (min(self.image_shape or (1,)) >= 1, "every side of image_shape >= 1"),
             (self.head != "logistics" or bool(self.taps), "the logistics head needs taps"),
+            (not self.taps or self.n_outputs >= 2, "taps of at least 2 values"),
             (self.opening in range(10), "opening in 0 … 9"),
             (self.conditioned or not self.opening, "an opening needs conditioned"),
             (self.opening > 0 or not self.durations, "durations need an opening"),
@@ -98,6 +99,11 @@ class ModelConfig:
     def period(self) -> int:
         """Tokens after which the phases of all pools, and the channels of a pixel, repeat."""
         return math.lcm(math.prod(self.pools), self.channels)
+
+    @property
+    def values(self) -> int:
+        """Tokens that are numbers, where they are read so: of a softmax the first 256, at most."""
+        return self.n_outputs if self.head == "logistics" else min(self.n_outputs, 256)
 
     @property
     def kept(self) -> int:
@@ -339,8 +345,8 @@ class Inputs(nn.Module):
         return torch.full((batch, self.config.kept + self.reach), NOTHING, device=device)
 
     def values(self, tokens: Tensor) -> Tensor:
-        """Values of the tokens on [-1, 1]; 0 for boundaries, labels and NOTHING."""
-        top = 255
+        """The values, 0 … ``config.values`` - 1, on [-1, 1]; 0 for other tokens and NOTHING."""
+        top = self.config.values - 1
         inside = (tokens >= 0) & (tokens <= top)
         dtype = self.embedding.weight.dtype
         return torch.where(inside, tokens.to(dtype) * (2 / top) - 1, 0.0)
@@ -382,7 +388,8 @@ class Inputs(nn.Module):
             tapped = torch.stack(columns, -1)  # (B, L, taps)
             x = x + self.taps(tapped, position)
             if self.prediction is not None:
-                prediction = self.prediction(tapped, position)
+                with torch.autocast(tapped.device.type, enabled=False):  # bins are 2/255 wide
+                    prediction = self.prediction(tapped, position)
         if self.config.image_shape is not None:
             rows, columns, channels = self.config.image_shape
             row = (t // (columns * channels)).clamp(max=rows - 1)
@@ -440,6 +447,10 @@ class _LinearLogProb(torch.autograd.Function):
         return dx, dweight, dbias, None, None, dstrength.masked_fill(recalled == NOTHING, 0.0)
 
 
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _strengthened(logits: Tensor, recalled: Tensor, strength: Tensor) -> Tensor:
     """Add strength (…, K) to the logits (…, V) of the recalled tokens (…, K), in place."""
     strength = strength.to(logits.dtype).masked_fill(recalled == NOTHING, 0.0)
@@ -464,7 +475,7 @@ class Softmax(nn.Module):
 
     def logits(self, features: Tensor, known: Tensor) -> Tensor:
         """features (…, H), recalled tokens (…, K) → (…, V)."""
-        logits = self.linear(features).float()
+        logits = _at_least_single(self.linear(features))
         if self.recall is None:
             return logits
         return _strengthened(logits, known, self.recall(features))
@@ -511,8 +522,8 @@ class Logistics(nn.Module):
 
     def _mixture(self, features: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights, means and inverse scales, each (…, mixtures)."""
-        weight, offset, log_scale = self.linear(features).float().chunk(3, -1)
-        mean = prediction.float() + 0.3 * offset
+        weight, offset, log_scale = _at_least_single(self.linear(features)).chunk(3, -1)
+        mean = _at_least_single(prediction) + 0.3 * offset
         inverse = torch.exp(-(log_scale - 2.5).clamp(min=-7.0, max=7.0))
         return F.log_softmax(weight, -1), mean, inverse
 
@@ -522,7 +533,7 @@ class Logistics(nn.Module):
         """Log-probability of integer values (…) under mixtures (…, mixtures), broadcast."""
         top = self.n_outputs - 1
         half = 1 / top
-        centred = (values.float() * (2 * half) - 1)[..., None] - mean
+        centred = (values.to(mean.dtype) * (2 * half) - 1)[..., None] - mean
         first, last = (values == 0)[..., None], (values == top)[..., None]
         # σ(b) - σ(a) = σ(b) σ(-a) (1 - exp(a - b)), without cancellation
         width = torch.log(-torch.expm1(-2 * half * inverse)).expand_as(centred)
@@ -879,6 +890,8 @@ class RecurrentModel(nn.Module):
     ) -> tuple[Tensor, State]:
         """``prefill`` that predicts only what comes after all tokens, L >= 1: logits (B, V)."""
         features, known, state = self._features(tokens, state, rate)
+        if not features.shape[1]:
+            raise ValueError("a reading needs at least one token, L >= 1; got none")
         return self.head.logits(features[:, -1], known[:, -1]), state
 
     def _features(
@@ -887,6 +900,10 @@ class RecurrentModel(nn.Module):
         """What the head reads after each token, and the state after all."""
         _check_tokens(tokens, self.config)
         state = self.initial_state(tokens.shape[0]) if state is None else state
+        if len(tokens) != len(state.history):
+            raise ValueError(
+                f"the state is of {len(state.history)} sequences, the tokens are of {len(tokens)}"
+            )
         x, known, history, recall = self.look(
             tokens, state.history, state.recall, int(state.position), rate
         )
@@ -902,6 +919,7 @@ class RecurrentModel(nn.Module):
                 f"token must be of shape (B,) with B = {len(state.history)} as the state; got "
                 f"{tuple(token.shape)}"
             )
+        _check_tokens(token[:, None], self.config)
         x, known, history, recall = self.look(
             token[:, None], state.history, state.recall, int(state.position), rate
         )

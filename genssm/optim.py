@@ -26,8 +26,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """Approximately U Vᵀ of the singular value decomposition of each matrix in G (k, m, n).
 
-    Quintic Newton-Schulz iteration in G's dtype, for which bfloat16 suffices: the singular values
-    end between 0.7 and 1.2 anyway. Source: K. Jordan et al., "Muon" (2024).
+    Quintic Newton-Schulz iteration in G's dtype, for which bfloat16 suffices: most singular values
+    end between 0.7 and 1.2 anyway, those of a square matrix that were near zero below.
+    Source: K. Jordan et al., "Muon" (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.shape[-2] > G.shape[-1]

@@ -59,10 +59,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("lr", "matrix_lr", "weight_decay", "decay", "grow", "noise", "fade"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         names = ("batch_size", "accumulate", "length", "steps", "lr", "matrix_lr", "decay", "clip",
                  "grow")  # fmt: skip
         for name in names:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup", "noise", "fade", "seed"):
             if getattr(self, name) < 0:
@@ -116,7 +119,7 @@ class Recipe:
 
     def model_config(self, codec: Codec) -> ModelConfig:
         """The settings of a model of this codec's tokens."""
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=codec.vocab_size,
             n_outputs=codec.n_outputs,
             opening=codec.opening,
@@ -124,6 +127,12 @@ class Recipe:
             l_max=self.train.length,
             **self.model,
         )
+        stride, first = math.prod(config.pools), self.train.first_length
+        if 0 < first < stride:  # the innermost layers would learn nothing
+            raise ValueError(
+                f"first_length must be at least {stride}, the product of the pools; got {first}"
+            )
+        return config
 
     def changed(self, settings: dict[str, Any]) -> Recipe:
         """A copy with settings of codec, model or training replaced by name.
@@ -146,7 +155,7 @@ class Recipe:
                 known = sorted({*codec, *model_names, *train_names})
                 raise ValueError(f"unknown setting {name!r}; known: {', '.join(known)}")
         changed = replace(self, codec=codec, model=model, train=replace(self.train, **train))
-        ModelConfig(vocab_size=1, n_outputs=1, l_max=changed.train.length, **model)
+        ModelConfig(vocab_size=2, n_outputs=2, l_max=changed.train.length, **model)
         return changed
 
 

@@ -105,7 +105,7 @@ class Recurrence(nn.Module, ABC):
         self._check("(B, L, H)", 3, u, x)
         own, length = self.at(rate), u.shape[1]
         u = u.to(self.D.dtype)
-        if length == 0:
+        if not u.numel():
             return u.new_zeros(*u.shape[:2], len(self.D)), x
         with _without_autocast(u):
             if length == 1:  # needs no tables
@@ -119,8 +119,8 @@ class Recurrence(nn.Module, ABC):
             raise ValueError(
                 f"u must be real, {shape} with H = {H}; got {tuple(u.shape)} {u.dtype}"
             )
-        if x.dim() != 3 or x.shape[:2] != (len(u), H):
-            raise ValueError(f"the state must be ({len(u)}, {H}, …); got {tuple(x.shape)}")
+        if x.shape != (wanted := (len(u), *self.initial_state(0).shape[1:])):
+            raise ValueError(f"the state must be of shape {wanted}; got {tuple(x.shape)}")
 
     def tables(self) -> Tables:
         """What ``prefill`` multiplies by, made when it is first needed."""

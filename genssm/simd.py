@@ -768,16 +768,16 @@ def pointwise(code, work, source, target, width, batch, begin, finish):
 
 
 @njit(**_OPTIONS)
-def gather_taps(work, target, width, history, taps, prediction, constants, table, phase):
-    """Earlier tokens as numbers on [-1, 1] and, if ``table`` >= 0, their linear prediction."""
+def gather_taps(work, target, width, history, taps, prediction, constants, table, phase, top):
+    """Earlier tokens, 0 … top as numbers on [-1, 1]; their linear prediction if ``table`` >= 0."""
     last = history.shape[1]
     for row in range(history.shape[0]):
         predicted = f32(0.0)
         for k in range(len(taps)):
             token = history[row, last - taps[k]]
             value = f32(0.0)
-            if 0 <= token <= 255:
-                value = f32(token) * f32(2 / 255) - f32(1.0)
+            if 0 <= token <= top:
+                value = f32(token) * f32(2 / top) - f32(1.0)
             work[target + row * width + k] = value
             if table >= 0:
                 predicted += value * constants[table + phase * width + k]
@@ -997,9 +997,9 @@ def serially(
         embed(tokens, t, reads, history, size, positions, work, y, width, constants, table)
     elif code == TOKEN:  # size: the column of the history; extra: the position it counts from
         add_token(history, size, positions, t, extra, work, y, width, constants, table)
-    elif code == TAPS:  # source: the prediction; size: phases
+    elif code == TAPS:  # source: the prediction; size: phases; extra: the highest value
         phase = (positions[0] + t) % size
-        gather_taps(work, y, width, history, taps, x, constants, table, phase)
+        gather_taps(work, y, width, history, taps, x, constants, table, phase, extra)
     elif code == POSITION:  # size, extra, more: rows, columns, channels
         add_position(positions, t, size, extra, more, work, y, width, constants, table)
     elif code == PROGRESS:  # source: opening; size: the first duration; extra: all; more: parts

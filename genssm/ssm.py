@@ -6,6 +6,7 @@ number of outputs of each, N the state size, n = N/2 the number of conjugate pai
 length.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,6 +66,8 @@ def discretize(
         raise ValueError(
             f"A must be (…, N, N) and B (…, N); got {tuple(A.shape)} and {tuple(B.shape)}"
         )
+    if not (A.is_floating_point() or A.is_complex()):
+        raise ValueError(f"A must be real or complex numbers, not {A.dtype}")
     interval = torch.as_tensor(dt, dtype=A.real.dtype, device=A.device)
     if not bool(((interval > 0) & interval.isfinite()).all()):
         raise ValueError(
@@ -93,7 +96,8 @@ def simulate(
     The state is zero at time 0, and ``u[…, k]`` acts from the time before up to ``times[k]``, so
     that "zoh" is exact for an input that is constant in between. ``A (…, N, N)``, ``B (…, N)``,
     ``C (…, M, N)``, ``D (…, M)``, ``u (…, L)``, ``times (L,)`` → ``y (…, M, L)``, with the
-    leading dimensions broadcast. O(N² L) after one discretisation per distinct interval.
+    leading dimensions broadcast. O(N² L) after one discretisation per distinct interval, in the
+    widest of the dtypes given.
     """
     if times.shape != u.shape[-1:] or u.is_complex():
         raise ValueError(
@@ -106,6 +110,8 @@ def simulate(
     intervals = torch.diff(times, prepend=times.new_zeros(1))
     if not len(times) or not bool((intervals > 0).all()):
         raise ValueError(f"times must increase, beginning above 0; got {times.tolist()[:8]}")
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in (A, B, C, D, u)))
+    A, B, C, D, u = (t.to(dtype) for t in (A, B, C, D, u))
     distinct, index = intervals.unique(return_inverse=True)
     rules = [discretize(A, B, dt, method) for dt in distinct]
     x, ys = u.new_zeros(*torch.broadcast_shapes(u.shape[:-1], B.shape[:-1]), A.shape[-1]), []
@@ -323,7 +329,8 @@ def cauchy_kernel(
 
     Departure from the paper: on the roots of unity such a sum is the discrete Fourier transform
     of Σ_n v_n a_nᵏ / (1 - a_n^length), a Vandermonde kernel. All (M + rank)(1 + rank) sums come
-    from one factored product and one FFT: O(n √L + L log L) memory, never (H, n, L).
+    from one factored product and one FFT: O(n √L + L log L) memory, never (H, n, L). They have
+    the precision of ``C_tilde``: where modes hardly decay over the length, they cancel in float32.
     """
     check_length(length)
     if (

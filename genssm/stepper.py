@@ -386,7 +386,10 @@ def _embed(program: _Program, model: RecurrentModel, x: int) -> int:
             weight = _numpy(inputs.prediction.weight)[:, 0]  # (phases, taps)
             extra = [(0, 0), (0, _padded(n_taps) - n_taps)]
             predicting = program.constant(np.pad(weight, extra))
-        program.emit(simd.TAPS, prediction, tapped, _padded(n_taps), predicting, size=phases)
+        program.emit(
+            simd.TAPS, prediction, tapped, _padded(n_taps), predicting,
+            size=phases, extra=model.config.values - 1,
+        )  # fmt: skip
         weights = list(_numpy(inputs.taps.weight))
         program.linear(weights, np.zeros(len(weights[0]), np.float32), tapped, room)
         program.emit(simd.ADD, room, x, width)

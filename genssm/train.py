@@ -58,10 +58,12 @@ def train(
     with (its tokenizer included). SIGTERM and Ctrl-C save before they end the training. Under
     ``torchrun`` all its processes train one model.
 
-    Raises ValueError for unusable data or settings, FileExistsError for a folder with a training
-    that is not to be resumed or is under way, or a checkpoint without one, OSError when the disk is
-    full: the last save is then still whole.
+    Raises ValueError for unusable data or settings and for a training that diverged,
+    FileExistsError for a folder with a training that is not to be resumed or is under way, or a
+    checkpoint without one, OSError when the disk is full: the last save is then still whole.
     """
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes must be at least 0, got {minutes}")
     begun = _begin(recipe, out, resume, start)
     with joined() as world, _alone(out, world), _interruption() as interrupted:
         _holds_training(out, resume)  # another may have come and gone meanwhile
@@ -70,10 +72,15 @@ def train(
         step = training.state.counters.step
         with open_log(out, step, tensorboard) if world.leads else nullcontext() as log:
             stopped = _loop(training, minutes_of, interrupted, log, report)
-        target = training.target
+        target, best = training.target, training.state.counters.best
         del training  # before the processes part
     if stopped:
         raise KeyboardInterrupt
+    if not math.isfinite(best):
+        raise ValueError(
+            "the training has diverged: no validation gave a finite number, so there is no "
+            "checkpoint; train anew with lower rates (lr, matrix_lr) or a longer warmup"
+        )
     return target
 
 

@@ -79,7 +79,7 @@ def check(out: Path, recipe: Recipe) -> None:
                 f"the training in {str(out)!r} has another {section}: {then}; resume it with "
                 "that, or use another folder"
             )
-    order = ("seed", "batch_size", "cut_documents")
+    order = ("seed", "batch_size", "cut_documents", "flip", "noise", "fade", "first_length", "grow")
     then, now = ({k: r["train"].get(k) for k in order} for r in (begun, wanted))
     if changed := [f"{k}={then[k]}" for k in order if then[k] not in (None, now[k])]:
         warnings.warn(

@@ -87,7 +87,7 @@ def test_text_windows_are_consecutive_and_reach_both_ends():
 
 def test_text_shorter_than_a_window_is_refused():
     TextBatches(np.zeros(11, np.uint16), 1, 10, 0).batch(0)
-    with pytest.raises(ValueError, match="10 tokens, fewer than a window of 10"):
+    with pytest.raises(ValueError, match="10 tokens, and windows of length 10 need 11"):
         TextBatches(np.zeros(10, np.uint16), 1, 10, 0)
 
 

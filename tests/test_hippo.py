@@ -94,6 +94,17 @@ def test_memory_reconstructs_the_past(measure: str):
     assert float(error.abs().max()) < 0.05
 
 
+@pytest.mark.parametrize(("measure", "dt"), [("legt", 0.01), ("fourier", 0.01), ("lagt", 0.05)])
+def test_memory_has_its_steps_in_their_places(measure: str, dt: float):
+    """One tone, slow beside the basis. Half a step beside its place it would be 0.03 off."""
+    u = torch.sin(0.02 * math.pi * torch.arange(2000).double())
+    memory = hippo.Memory(measure, 64, dt)
+    for value in u.tolist():
+        memory.push(value)
+    ages = torch.arange(15, 85)
+    assert float((memory.reconstruct(ages) - u[-1 - ages]).abs().max()) < 0.01
+
+
 def test_laguerre_memory_reconstructs_the_recent_past_best():
     dt = 0.01
     memory = hippo.Memory("lagt", 64, dt)

@@ -587,6 +587,60 @@ def test_kernels_are_kept_in_evaluation_until_a_parameter_changes(name: str, ass
     assert_near(trained.detach(), changed, 1e-9)
 
 
+def test_kernels_are_not_kept_over_steps_that_torch_does_not_count():
+    """A fused optimizer changes parameters in place and leaves their versions as they were."""
+    layer, u = make("s4d", torch.float32), torch.randn(1, 30, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        layer(u).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            evaluated = layer(u)
+        assert torch.equal(evaluated, copy.deepcopy(layer)(u))
+
+
+@torch.no_grad()
+def test_kernels_follow_buffers():
+    layer, u = make("lssl"), torch.randn(1, 30, 4, dtype=torch.float64)
+    before = layer(u) - layer.D * u
+    layer.get_buffer("B").mul_(2)
+    torch.testing.assert_close(layer(u) - layer.D * u, 2 * before)
+
+
+def test_layers_made_in_inference_mode_convolve(name: str):
+    u = torch.randn(1, 30, 4)
+    with torch.inference_mode():
+        layer = make(name, torch.float32)
+        assert torch.equal(layer(u), copy.deepcopy(layer)(u))
+
+
+# What float32 costs a gradient, of its norm. Modes that hardly decay cancel in S4's kernel.
+@pytest.mark.parametrize("dt", [None, 1e-3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_of_float32_are_those_of_float64(name: str, seed: int, dt: float | None):
+    torch.manual_seed(seed)
+    interval = {} if dt is None else {"dt_min": dt, "dt_max": dt}
+    layer = build_layer(name, 8, 32, 1024, **interval)
+    u, weights = torch.randn(2, 1, 1024, 8)
+    exact = copy.deepcopy(layer).double()
+    (layer(u) * weights).sum().backward()
+    (exact(u.double()) * weights.double()).sum().backward()
+    for (which, p), q in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        if p.requires_grad:
+            assert p.grad is not None, which
+            assert q.grad is not None, which
+            assert float((p.grad.double() - q.grad).norm() / q.grad.norm()) < 2e-4, which
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s4", "s4-fourier"])
+@torch.no_grad()
+def test_kernels_keep_the_phase_of_modes_that_last(kind: str):
+    layer = build_layer(kind, 4, 64, 16_384)
+    layer.get_parameter("log_decay").fill_(math.log(1e-4))
+    kernel, exact = layer.kernel(16_384), copy.deepcopy(layer).double().kernel(16_384)
+    assert float((kernel.double() - exact).abs().max() / exact.abs().max()) < 5e-6
+
+
 @torch.no_grad()
 def test_a_kernel_that_another_thread_replaces_is_not_taken_for_the_own():
     """The other one comes between the comparison of the keys, of which a rate is a part, and the
@@ -625,7 +679,7 @@ def test_inputs_that_do_not_fit_are_refused(name: str, u: Tensor, message: str):
     [
         (torch.zeros(2, 3), 2, r"with H = 4; got \(2, 3\)"),
         (torch.zeros(2, 4) + 0j, 2, "must be real.*complex64"),
-        (torch.zeros(2, 4), 3, r"state must be \(2, 4, …\); got \(3, 4, "),
+        (torch.zeros(2, 4), 3, r"state must be of shape \(2, 4, \d+\); got \(3, 4, "),
     ],
 )
 def test_recurrences_refuse_what_does_not_fit(name: str, u: Tensor, rows: int, message: str):
@@ -665,3 +719,18 @@ def test_kernels_need_a_length(name: str, length: int):
 def test_settings_that_do_not_fit_are_refused(kind: str, settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         build_layer(kind, 4, 8, 16, **settings)
+
+
+def test_states_of_another_size_are_refused(name: str):
+    recurrent = make(name, torch.float32, N=8).to_recurrent()
+    x = recurrent.initial_state(2)[..., :1]
+    with pytest.raises(ValueError, match=r"state must be of shape .*, 1\)"):
+        recurrent.step(torch.zeros(2, 4), x)
+
+
+@pytest.mark.parametrize("length", [1, 5, 70])
+def test_no_sequences_have_no_outputs(name: str, length: int):
+    recurrent = make(name, torch.float32).to_recurrent()
+    y, x = recurrent.prefill(torch.zeros(0, length, 4), recurrent.initial_state(0))
+    assert y.shape == (0, length, 4)
+    assert x.shape == recurrent.initial_state(0).shape

@@ -277,6 +277,30 @@ def test_bfloat16_autocast_gives_a_finite_loss_near_that_of_float32(
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+def test_autocast_leaves_the_linear_prediction_exact(make_model: MakeModel):
+    """A bin is 2/255 wide; bfloat16 knows no more of numbers near 1."""
+    model = make_model("image")
+    tokens = draw(model, 2, 30)
+    _, prediction = model.features(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.features(tokens)[1], prediction)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "image"])
+def test_models_in_float64_predict_in_float64(kind: str, make_model: MakeModel):
+    model = make_model(kind).double()
+    tokens = draw(model, 2, 30)
+    assert model(tokens).dtype == model.log_prob(tokens).dtype == torch.float64
+    logits, _ = to_recurrent(model).prefill(tokens)
+    assert float((logits - model(tokens)).detach().abs().max()) < 1e-9
+
+
+def test_taps_reach_the_highest_of_few_values(make_model: MakeModel):
+    model = make_model("isotropic", taps=(1, 3))
+    values = model.inputs.values(torch.tensor([0, 19, 20, 22, -1]))
+    assert values.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0]
+
+
 # How far the means lie and how wide the logistics are: narrower than a bin to wider than [-1, 1].
 @pytest.mark.parametrize("mean", [0.0, 0.5, -1.0, 30.0, -1e4])
 @pytest.mark.parametrize("log_scale", [-100.0, -4.5, 0.0, 3.0, 20.0, 100.0])
@@ -458,6 +482,21 @@ def test_tokens_out_of_range_are_refused(tokens: Tensor, message: str, make_mode
     for read in (model, to_recurrent(model).prefill):
         with pytest.raises(ValueError, match=message):
             read(tokens)
+
+
+@pytest.mark.parametrize("token", [23, -1])
+def test_steps_refuse_what_is_no_token(token: int, make_model: MakeModel):
+    recurrent = to_recurrent(make_model("isotropic"))
+    with pytest.raises(ValueError, match="token ids must lie in 0 … 22"):
+        recurrent.step(torch.tensor([token]), recurrent.initial_state(1))
+
+
+def test_readings_refuse_what_does_not_fit(make_model: MakeModel):
+    recurrent = to_recurrent(make_model("isotropic"))
+    with pytest.raises(ValueError, match="at least one token"):
+        recurrent.read(torch.zeros(1, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="state is of 2 sequences, the tokens are of 3"):
+        recurrent.prefill(torch.zeros(3, 4, dtype=torch.int64), recurrent.initial_state(2))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Recipes: every one builds its model, and settings are changed by name or refused."""
 
+import math
 from typing import Any
 
 import pytest
@@ -113,6 +114,11 @@ def test_unknown_settings_are_refused_and_the_known_ones_named(name: str):
         ({"flip": True}, "flip is for image, the recipe is for text"),
         ({"noise": 1.0}, "noise is for audio, the recipe is for text"),
         ({"noise": -1.0}, "noise must not be negative"),
+        ({"lr": math.nan}, "lr must be a finite number, got nan"),
+        ({"matrix_lr": math.inf}, "matrix_lr must be a finite number, got inf"),
+        ({"clip": math.nan}, "clip must be positive, got nan"),
+        ({"ema": math.nan}, "ema must lie in 0 … 1"),
+        ({"warmup": math.nan}, "warmup must be int"),
     ],
 )
 def test_impossible_training_settings_are_refused(settings: dict[str, Any], message: str):

@@ -94,6 +94,21 @@ def test_discretize_refuses_intervals_that_are_not_positive(dt: float | Tensor):
         ssm.discretize(*hippo.legs(2), dt)
 
 
+def test_discretize_refuses_integers():
+    with pytest.raises(ValueError, match=r"real or complex numbers, not torch\.int64"):
+        ssm.discretize(torch.tensor([[-1]]), torch.tensor([1]), 0.1)
+
+
+def test_simulations_take_the_widest_dtype():
+    A, B = hippo.legs(4)
+    C, D, times = torch.ones(1, 4), torch.zeros(1), torch.arange(1, 6)
+    u = torch.randn(5)
+    expected = ssm.simulate(A, B, C.double(), D.double(), u.double(), times)
+    assert torch.equal(ssm.simulate(A, B, C, D, u, times), expected)
+    rotated = ssm.simulate(A + 0j, B, C, D, u, times)
+    torch.testing.assert_close(rotated, expected + 0j)
+
+
 @pytest.mark.parametrize(("A", "B"), [((2, 3), (3,)), ((3, 3), (2,)), ((5, 3, 2), (5, 2))])
 def test_discretize_refuses_shapes_that_do_not_fit(A: tuple[int, ...], B: tuple[int, ...]):
     with pytest.raises(ValueError, match="A must be"):

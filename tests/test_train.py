@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import io
+import math
 import os
 import shutil
 import signal
@@ -417,6 +418,26 @@ def test_training_without_any_finite_step_is_given_up(
         train(with_steps(RECIPES["text"], 1000), data["text"], tmp_path / "out")
 
 
+def test_training_that_diverges_is_an_error(data: dict[str, Path], tmp_path: Path):
+    recipe = with_steps(RECIPES["audio"], 3).changed({"lr": 1e30, "matrix_lr": 1e30})
+    with pytest.raises(ValueError, match=r"has diverged: .* train anew with lower rates"):
+        train(recipe, data["audio"], tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("minutes", [-1, math.nan])
+def test_budgets_are_not_negative(minutes: float, data: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="minutes must be at least 0"):
+        train(RECIPES["text"], data["text"], tmp_path / "out", minutes=minutes)
+
+
+def test_the_first_length_reaches_the_innermost_layers(data: dict[str, Path], tmp_path: Path):
+    recipe = RECIPES["audio"]
+    stride = math.prod(recipe.model["pools"])
+    with pytest.raises(ValueError, match=f"first_length must be at least {stride}, the product"):
+        train(recipe.changed({"first_length": stride - 1}), data["audio"], tmp_path / "out")
+
+
 @modalities
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_exported_checkpoint_is_as_good_as_the_trained_one(
@@ -769,8 +790,8 @@ def test_tokenizer_of_other_data_is_not_taken_over(data: dict[str, Path], tmp_pa
 def test_a_resumed_training_tells_what_makes_it_another(data: dict[str, Path], tmp_path: Path):
     out = tmp_path / "out"
     train(with_steps(RECIPES["text"], 1), data["text"], out)
-    other = with_steps(RECIPES["text"], 2).changed({"seed": 5})
-    with pytest.warns(UserWarning, match=r"had seed=0; with other values"):
+    other = with_steps(RECIPES["text"], 2).changed({"seed": 5, "first_length": 8})
+    with pytest.warns(UserWarning, match=r"had seed=0, first_length=0; with other values"):
         train(other, data["text"], out, resume=True)
     (data["text"] / "train.txt").write_text("a quick brown fox " * 3000)
     with pytest.warns(UserWarning, match="holds the tokens of other data"):
@@ -810,7 +831,7 @@ def test_missing_data_is_found_before_any_step(missing: str, data: dict[str, Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": 100_000}, "fewer than a window of 100000"),
+        ({"length": 100_000}, "windows of length 100000 need"),
         ({"vocab_size": 4096}, "vocab"),
         ({"d_model": (16, 16)}, "d_model"),
     ],

@@ -109,7 +109,7 @@ def test_costs_are_compared_where_the_published_ones_are():
     }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_views_agree_at_length_65536(kind: str, dtype: torch.dtype, tolerance: float):
     difference = measure_difference(kind, 16, dtype, 65536)

@@ -207,24 +207,27 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
     try:
         with PIL.Image.open(file) as picture:
             large = picture.width * picture.height > 50_000_000
-            array = None if large else _pixels(picture, "RGB" if codec.shape[2] == 3 else "L")
+            array = None if large else pixels(picture, codec)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{name!r} is not a readable picture") from error
     if array is None:
         raise ValueError(f"the picture {name!r} is larger than 50 million pixels; scale it down")
-    return array if array.ndim == 3 else array[..., None]
+    return array
 
 
-def _pixels(picture: Any, mode: str) -> np.ndarray:
-    """A picture of PIL as uint8 "RGB" or "L"; what is transparent is white."""
+def pixels(picture: Any, codec: Image) -> np.ndarray:
+    """A picture of PIL, upright, as uint8 (h, w, channels); what is transparent is white."""
     import PIL.Image
+    import PIL.ImageOps
 
+    picture = PIL.ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
         picture = PIL.Image.fromarray((np.asarray(picture, np.int64) // 257).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert(mode))
+    array = np.asarray(picture.convert("RGB" if codec.shape[2] == 3 else "L"))
+    return array if array.ndim == 3 else array[..., None]
 
 
 def read_clips(path: Path, codec: Audio, skip: bool = False) -> Iterator[Example]:

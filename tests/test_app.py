@@ -9,7 +9,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -21,10 +22,11 @@ from genssm import checkpoint, files  # noqa: E402
 from genssm.checkpoint import Checkpoint  # noqa: E402
 from genssm.cli import main  # noqa: E402
 from genssm.codec import Audio, Image  # noqa: E402
+from genssm.data import read_picture  # noqa: E402
 from genssm.interface import house as houses  # noqa: E402
 from genssm.interface import speak as speaking  # noqa: E402
 from genssm.interface import uploads  # noqa: E402
-from genssm.interface.courtesy import polite, sentence  # noqa: E402
+from genssm.interface.courtesy import alone, polite, sentence, stopper  # noqa: E402
 from genssm.interface.draw import Drawer, surprise_map  # noqa: E402
 from genssm.interface.growth import Growth  # noqa: E402
 from genssm.interface.house import House, Visit, updates  # noqa: E402
@@ -33,7 +35,7 @@ from genssm.interface.page import build_page  # noqa: E402
 from genssm.interface.serving import serve  # noqa: E402
 from genssm.interface.speak import Speaker, speakers  # noqa: E402
 from genssm.interface.write import Writer  # noqa: E402
-from genssm.scheduler import BusyError  # noqa: E402
+from genssm.scheduler import BusyError, Job  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,37 @@ def started(house: House, visit: Visit) -> Iterator[Any]:
         pass
     assert visit.job is not None
     return iter(visit.job)
+
+
+def test_what_a_visitor_begins_ends_what_is_under_way_in_the_tab(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But nothing of other tabs, other visitors or programs; and the replaced says no more."""
+    turn = Job._turn
+    monkeypatch.setattr(Job, "_turn", lambda job: time.sleep(0.05) or turn(job))
+    visitor, other = (cast(gr.Request, SimpleNamespace(session_hash=h)) for h in "ab")
+    write = alone(house, "write", Writer(house)._write)
+    settings = ["The river", 600, 0.8, 1.0, 1.0, 1]
+
+    def begun(stream: Iterator[Any]) -> tuple[Iterator[Any], Visit]:
+        shown = next(u for u in stream if u[3].visit.samples())
+        return stream, shown[3].visit
+
+    first, visit = begun(write(visitor, *settings))
+    theirs, their_visit = begun(write(other, *settings))
+    program, program_visit = begun(Writer(house).write(*settings))
+    second, next_visit = begun(write(visitor, *settings))
+    assert list(first) == []
+    assert visit.left
+    assert not any(v.left for v in (their_visit, program_visit, next_visit))
+    stopper(house, "draw")(visitor)
+    assert not next_visit.left
+    stopper(house, "write")(visitor)
+    assert next_visit.left
+    assert "tokens" in list(second)[-1][2]
+    for stream in (theirs, program):
+        stream.close()  # type: ignore[attr-defined]
+    wait_until(lambda: house.scheduler("text").busy == 0)
 
 
 def test_visitors_wait_in_line_and_are_told_so(narrow: House) -> None:
@@ -389,6 +422,48 @@ def test_pictures_come_row_by_row_and_the_file_repeats_them(house: House) -> Non
     np.testing.assert_array_equal(np.stack([s.raw for s in again]), pictures)
 
 
+def test_what_was_drawn_is_kept_without_its_states(house: House) -> None:
+    *_, (_, _, _, drawn) = Drawer(house).draw("frog", 2, seed=3)
+    assert drawn.visit.job is None
+    assert [len(sample.tokens) for sample in drawn.visit.samples()] == [3072, 3072]
+
+
+def test_pictures_are_mapped_when_they_are_complete(house: House) -> None:
+    drawer, shown = Drawer(house), None
+    stream = drawer.draw("frog", 1, seed=3)
+    for _, _, _, shown in stream:
+        if shown.visit.samples():
+            break
+    with pytest.raises(gr.Error, match="wait for them"):
+        drawer.surprise(shown)
+    *_, (_, _, _, shown) = stream
+    assert len(drawer.surprise(shown)["surprise"]) == 1
+
+
+def test_the_page_reads_pictures_as_the_command_does(house: House, tmp_path: Path) -> None:
+    """16 bits, what is transparent, and pictures that a camera has turned."""
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    PIL.Image.fromarray(ramp).save(tmp_path / "deep.png")
+    clear = PIL.Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.paste((200, 30, 30, 255), (16, 16, 48, 48))
+    clear.save(tmp_path / "clear.png")
+    turned, exif = PIL.Image.fromarray((ramp // 257).astype(np.uint8)), PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    codec = house.pipe("image").codec
+    assert isinstance(codec, Image)
+    corners = {}
+    for file in sorted(tmp_path.iterdir()):
+        seen = uploads.picture(str(file), codec)
+        with file.open("rb") as opened:
+            np.testing.assert_array_equal(seen, codec.fit(read_picture(opened, codec, file.name)))
+        corners[file.name] = seen[0, 0].tolist(), seen[-1, 0].tolist()
+    assert corners["clear.png"] == ([255] * 3, [255] * 3)
+    assert max(corners["deep.png"][0]) < 8
+    assert min(corners["deep.png"][1]) > 240
+    assert min(min(corners["turned.jpg"])) > 240  # what was below, and white, is on the left
+
+
 def test_a_picture_is_completed_from_its_upper_rows(house: House, tmp_path: Path) -> None:
     file = tmp_path / "photo.png"
     PIL.Image.effect_noise((80, 60), 50).save(file)
@@ -517,6 +592,8 @@ def test_speaking_says_digit_after_digit(house: House) -> None:
     np.testing.assert_allclose(wave / 32768, expected, atol=2e-4)
     np.testing.assert_allclose(sound_of(whole["items"]), wave, atol=1)
     assert "seed 3 ·" in status  # the second digit has the next one
+    # Of each digit also its level, its duration, and what ended it.
+    assert f"· {sum(map(len, digits)) + 6:,} tokens" in status
     assert "× real time" in status
     assert spoken.seed == 3
 

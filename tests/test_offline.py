@@ -1,9 +1,12 @@
 """The server of the page fetches nothing, whatever address it is sent."""
 
+import contextlib
+import http.client
 import json
 import socket
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ pytest.importorskip("gradio", reason="the page needs the extra [app]")
 from api import call
 
 import genssm
-from genssm.interface import uploads
+from genssm.interface import bodies, uploads
 from genssm.interface.house import House
 from genssm.interface.page import build_page, launch
 
@@ -123,6 +126,50 @@ def test_nothing_is_written_but_temporary_files(site: str) -> None:
         assert made["path"].endswith(suffix)
         assert Path(made["path"]).is_relative_to(tempfile.gettempdir())
     assert files() == before
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_requests_have_a_largest_size(site: str, told: bool) -> None:
+    """Whether it is told in advance, as a length, or not."""
+    body = json.dumps({"data": ["frog" * bodies.MOST, 1, 0.9, 1, None, 16, 1]}).encode()
+    host, port = urllib.parse.urlsplit(site).netloc.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    pieces: Any = body if told else iter([body[: bodies.MOST], body[bodies.MOST :]])
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", "/gradio_api/call/draw", pieces, encode_chunked=not told)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert b"a request may have 3 MiB" in answer.read()
+    connection.close()
+
+
+def test_many_files_at_once_are_refused(site: str) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = (head + b"\0" * uploads.BYTES + b"\r\n") * 2 + b"--x--\r\n"
+    request = urllib.request.Request(
+        f"{site}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError)) as refused:
+        urllib.request.urlopen(request)
+    assert getattr(refused.value, "code", 413) == 413
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "data", "message"),
+    [
+        ("write", ["The river", "twenty", 0.8, 0.95, 1, 1], "Tokens cannot be 'twenty'."),
+        ("write", ["The river", None, 0.8, 0.95, 1, 1], "Tokens cannot be None."),
+        ("write", ["The river", 10, 0.8, 0.95, 1, "x"], "Seed (−1: a new one) cannot be 'x'."),
+        ("write", ["The river", 10, 0.8, 0.95, 1, 1.5], "A seed is a whole number"),
+        ("draw", ["frog", [1], 0.9, 1, None, 16, 1], "Pictures cannot be [1]."),
+    ],
+)
+def test_wrong_types_are_one_sentence(
+    site: str, endpoint: str, data: list[Any], message: str
+) -> None:
+    answer = call(site, endpoint, data)
+    assert "event: error" in answer
+    assert message in json.loads(answer.rsplit("data: ", 1)[1])["error"]
 
 
 def test_an_upload_over_the_limit_is_refused_as_it_arrives(site: str) -> None:

@@ -385,7 +385,7 @@ def test_inside_shows_layers_views_race_state_and_fork(
     page.click("#compare-go")
     told = ended(page, "compare", "of what was just made")
     page.wait_for_function(
-        "/^(\\d+) of \\1 tokens/.test(document.querySelector('#compare-status').innerText)"
+        "/^Text, (\\d+) of \\1 tokens/.test(document.querySelector('#compare-status').innerText)"
     )
     assert "differ by at most" in told
     expect(page.locator("#compare-chart polyline")).to_have_count(2)
@@ -600,6 +600,47 @@ def test_curl_gets_text_and_sentences(site: str) -> None:
     assert "event: error" in answer
     assert "Traceback" not in answer
     assert str(Path(__file__).parent.parent) not in answer
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("tab", ["write", "draw", "speak"])
+def test_a_second_click_takes_the_place_of_the_first(
+    opened: Callable[..., Page], house: House, tab: str
+) -> None:
+    """One request under way, which Stop ends, also when it is begun at once after another Stop."""
+    scheduler = house.scheduler({"write": "text", "draw": "image", "speak": "audio"}[tab])
+    page = opened(tab.capitalize())
+    line, seed = page.locator(f"#{tab}-status p").first, "status"
+
+    def begin() -> None:
+        nonlocal seed
+        page.click(f"#{tab}-go")
+        expect(line).to_have_text(re.compile(rf"^seed (?!{seed})\d.* tokens/s"), timeout=WAIT)
+        seed = line.inner_text().split()[1]
+        assert scheduler.busy <= 1
+
+    begin()
+    begin()
+    page.click(f"#{tab}-stop")
+    begin()
+    page.click(f"#{tab}-stop")
+    began = time.monotonic()
+    while scheduler.busy:
+        assert time.monotonic() < began + 5
+        time.sleep(0.1)
+    time.sleep(1)
+    assert line.inner_text().startswith(f"seed {seed} ")
+
+
+def test_what_goes_on_is_told_to_those_who_listen(opened: Callable[..., Page]) -> None:
+    """Not 18 times a second: at the beginning, and when it rests."""
+    page = opened("Write")
+    line = page.locator("#write-status [role=status]")
+    page.click("#write-go")
+    written(page)
+    expect(line).to_contain_text("tokens/s", timeout=WAIT)
+    shown = page.locator("#write-status p[aria-hidden]").inner_text()
+    expect(line).to_have_text(shown, timeout=WAIT)
 
 
 @pytest.mark.usefixtures("slow")

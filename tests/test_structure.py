@@ -70,6 +70,7 @@ INTERFACE = (
     "growth",
     "uploads",
     "offline",
+    "bodies",
     "theme",
     "house",
     "courtesy",

@@ -7,6 +7,7 @@ source of every subclass.
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from genssm.interface.house import LARGEST_SEED
+from genssm.interface.courtesy import alone, stopper
+from genssm.interface.house import LARGEST_SEED, House
 
 SCRIPTS = Path(__file__).with_name("browser")
 MESSAGE = {"type": {}, "description": "what the page draws, as JSON; the last message holds all"}
@@ -45,7 +47,7 @@ def status_line(elem_id: str) -> gr.HTML:
 def seed_box(elem_id: str) -> gr.Number:
     """Where a seed is chosen."""
     return gr.Number(
-        -1, label="Seed (−1: a new one)", precision=0, minimum=-1, maximum=LARGEST_SEED,
+        -1, label="Seed (−1: a new one)", step=1, minimum=-1, maximum=LARGEST_SEED,
         elem_id=elem_id, min_width=120,
     )  # fmt: skip
 
@@ -54,6 +56,34 @@ def seed_row(elem_id: str) -> tuple[gr.Number, gr.Button]:
     """The box for a seed and, beside it, the button that fills in the last one."""
     with gr.Row(elem_classes="seeds"):
         return seed_box(elem_id), gr.Button("Use last seed", size="sm", min_width=100)
+
+
+# Of what a visitor begins: a second click is a second request, which ends the first; see ``alone``.
+ON_PAGE: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "trigger_mode": "multiple",
+    "api_visibility": "private",
+}
+
+
+def on_page(
+    house: House, tab: str, begins: Sequence[Any], end: gr.Button,
+    stream: Callable[..., Iterator[Any]], inputs: Sequence[Any], outputs: Sequence[Any],
+) -> None:  # fmt: skip
+    """What begins a tab's stream on the page, and the button that ends it."""
+    gr.on(begins, alone(house, tab, stream), list(inputs), list(outputs), **ON_PAGE)
+    end.click(stopper(house, tab), None, None, queue=False, api_visibility="private")
+
+
+def for_programs(
+    stream: Callable[..., Iterator[Any]], inputs: Sequence[Any], outputs: Sequence[Any], name: str
+) -> None:
+    """The endpoint of a stream: a program may have several requests under way."""
+    gr.Button(visible=False).click(
+        stream, list(inputs), list(outputs), api_name=name, show_progress="hidden",
+        concurrency_limit=None,
+    )  # fmt: skip
 
 
 def kept(name: str, content: bytes) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from genssm.interface.house import RefusedError
+from genssm.interface.house import House, RefusedError
 from genssm.scheduler import BusyError
 
 P = ParamSpec("P")
@@ -42,6 +42,53 @@ def polite(stream: Callable[P, Iterator[Y]]) -> Callable[P, Generator[Y, None, N
             gr.Warning(sentence(error))
 
     return wrapped
+
+
+def explain_refusals(page: gr.Blocks) -> None:
+    """What the components of a page cannot take, sent by a program, is refused in a sentence."""
+    for block in page.blocks.values():
+        take = getattr(block, "preprocess", None)
+        if take is not None:
+            setattr(block, take.__name__, _explained(take, getattr(block, "label", None)))
+
+
+def _explained(take: Callable[[Any], T], name: str | None) -> Callable[[Any], T]:
+    @functools.wraps(take)
+    def explained(payload: Any) -> T:
+        try:
+            return take(payload)
+        except gr.Error:
+            raise
+        except Exception:
+            message = f"{name or 'An argument'} cannot be {payload!r:.40}."
+            raise gr.Error(message, print_exception=False) from None
+
+    return explained
+
+
+def alone(house: House, tab: str, stream: Callable[..., Iterator[Y]]) -> Callable[..., Iterator[Y]]:
+    """A stream for the page: what a visitor begins in a tab ends what is under way there.
+
+    The stream takes the visit first. Programs, which may have many requests, need no such thing.
+    """
+
+    def wrapped(request: gr.Request, *args: object) -> Iterator[Y]:
+        visit = house.visit(str(request.session_hash), tab)
+        for update in stream(visit, *args):
+            if visit.replaced:
+                break
+            yield update
+
+    return wrapped
+
+
+def stopper(house: House, tab: str) -> Callable[[gr.Request], None]:
+    """What the Stop of a tab does."""
+
+    def stop(request: gr.Request) -> None:
+        house.stop(str(request.session_hash), tab)
+
+    return stop
 
 
 def polite_answer(function: Callable[P, T]) -> Callable[P, T]:

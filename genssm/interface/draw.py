@@ -13,7 +13,14 @@ import numpy as np
 from genssm import files
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
-from genssm.interface.components import kept, live, seed_row, status_line
+from genssm.interface.components import (
+    for_programs,
+    kept,
+    live,
+    on_page,
+    seed_row,
+    status_line,
+)
 from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, stop, updates, within
@@ -44,7 +51,6 @@ class Drawer:
         assert isinstance(codec, Image)
         self.codec = codec
 
-    @polite
     def draw(
         self,
         label: str = ANY,
@@ -56,6 +62,13 @@ class Drawer:
         seed: float | None = -1,
     ) -> Iterator[Update]:
         """Draw pictures of a class, or complete a picture of which the upper rows are kept."""
+        yield from self._draw(Visit(), label, count, temperature, guidance, upload, keep_rows, seed)
+
+    @polite
+    def _draw(
+        self, visit: Visit, label: str, count: float, temperature: float, guidance: float,
+        upload: str | None, keep_rows: float, seed: float | None,
+    ) -> Iterator[Update]:  # fmt: skip
         height, width, channels = self.codec.shape
         settings: dict[str, Any] = {
             "count": int(within(count, 1, PICTURES, "the number of pictures")),
@@ -70,10 +83,12 @@ class Drawer:
             keep = int(within(keep_rows, 0, height - 1, "the rows to keep"))
             settings |= {"keep_rows": keep, "label": label}
             layout |= {"kept": keep, "original": packed(prompt)}
-        yield from self._drawn(prompt, layout, seed=seed, **settings)
+        yield from self._drawn(visit, prompt, layout, seed=seed, **settings)
 
-    def _drawn(self, prompt: Any, layout: dict[str, Any], **settings: Any) -> Iterator[Update]:
-        visit, growth = Visit(), Growth([layout])
+    def _drawn(
+        self, visit: Visit, prompt: Any, layout: dict[str, Any], **settings: Any
+    ) -> Iterator[Update]:
+        growth = Growth([layout])
         drawn = Drawn(visit, growth)
         for told in self.house.begin(visit, "image", prompt, **settings):
             yield None, growth.message(), told, drawn
@@ -86,6 +101,7 @@ class Drawer:
                     news.append([sample, rows[sample], packed(row)])
                     rows[sample] += 1
                 yield None, growth.message(news), self.house.status(visit, "image"), drawn
+        visit.end()
         content = picture_file(self.house.pipe("image"), visit.samples(), prompt)
         yield content, growth.whole(), self.house.status(visit, "image"), drawn
 
@@ -95,6 +111,8 @@ class Drawer:
         samples = [] if drawn is None else drawn.visit.samples()
         if drawn is None or not samples:
             raise ValueError("there is no picture yet; draw one first")
+        if not drawn.visit.over:
+            raise ValueError("the pictures are not complete; wait for them, or stop them")
         maps = [packed(surprise_map(s, self.codec)) for s in samples]
         return drawn.growth.whole(surprise=maps)
 
@@ -139,10 +157,10 @@ class Drawer:
                     bits = gr.Button("Surprise map", elem_id="draw-surprise", size="sm")
         drawn = gr.State(time_to_live=3600, delete_callback=_leave)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        go.click(self.draw, [label, count, heat, guidance, upload, rows, seed],
-                 [save, page, status, drawn], api_name="draw", show_progress="hidden",
-                 concurrency_limit=None)  # fmt: skip
-        end.click(lambda d: stop(d and d.visit), [drawn], None, queue=False, **private)
+        inputs = [label, count, heat, guidance, upload, rows, seed]
+        outputs = [save, page, status, drawn]
+        on_page(self.house, "draw", [go.click], end, self._draw, inputs, outputs)
+        for_programs(self.draw, inputs, outputs, "draw")
         bits.click(self.surprise, [drawn], [page], **private)
         upload.change(self.preview, [upload, rows], [preview], **private)
         rows.input(None, [rows, preview], [preview],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from genssm.codec import Raw
 from genssm.pipeline import Pipeline, Sample, load
@@ -35,7 +36,10 @@ class Visit:
 
     def __init__(self) -> None:
         self.job: Job | None = None
+        self.replaced = False  # by a later request of the visitor, whose answer is shown
+        self.over = False
         self._left = threading.Event()
+        self._drawn: list[Sample] = []
 
     def stop(self) -> None:
         """Leave the line, or end the request; what was drawn stays."""
@@ -53,7 +57,11 @@ class Visit:
 
     def samples(self) -> list[Sample]:
         """What has been drawn so far."""
-        return [] if self.job is None else self.job.samples()
+        return self._drawn if self.job is None else self.job.samples()
+
+    def end(self) -> None:
+        """Keep what was drawn, not the states it was drawn with."""
+        self._drawn, self.job, self.over = self.samples(), None, True
 
 
 class House:
@@ -84,6 +92,7 @@ class House:
             self._pipes.setdefault(pipe.modality, pipe)
         self._schedulers: dict[tuple[str, float], Scheduler] = {}
         self._lines: dict[tuple[str, float], list[Visit]] = {}
+        self._latest: WeakValueDictionary[tuple[str, str], Visit] = WeakValueDictionary()
         self._loading, self._lining = threading.Lock(), threading.Lock()
         self._compiled = False  # whether anything was drawn; see FIRST
         self._warming: threading.Thread | None = None
@@ -110,6 +119,21 @@ class House:
         self._warming = threading.Thread(target=draw, name="genssm warm-up", daemon=True)
         self._warming.start()
         return self._warming
+
+    def visit(self, visitor: str, tab: str) -> Visit:
+        """A new request of a visitor in a tab, where it takes the place of the one before."""
+        visit = Visit()
+        with self._lining:
+            before = self._latest.get((visitor, tab))
+            self._latest[visitor, tab] = visit
+        if before is not None:
+            before.replaced = True
+            before.stop()
+        return visit
+
+    def stop(self, visitor: str, tab: str) -> None:
+        """What Stop does in a tab."""
+        stop(self._latest.get((visitor, tab)))
 
     def begin(
         self,
@@ -170,14 +194,15 @@ class House:
         rate: float = 1.0,
         extra: str = "",
         seed: int | None = None,
+        before: Sequence[Sample] = (),
     ) -> str:
         """The line under what is made: seed, speed, the size of the state, the company.
 
-        ``seed``: from which the request's own follows, where it is one of several.
+        ``before``: what was drawn in a row before the visit's samples, the first from ``seed``.
         """
         samples = visit.samples()
-        drawn = sum(len(s.tokens) for s in samples)
-        if not drawn:
+        drawn = sum(len(s.tokens) for s in (*before, *samples))
+        if not samples or not drawn:
             waiting = READING if self._compiled else FIRST
             return "nothing was drawn" if visit.left else waiting
         self._compiled = True
@@ -237,6 +262,6 @@ def updates(job: Job) -> Iterator[list[tuple[int, Raw]]]:
 
 
 def stop(visit: Visit | None) -> None:
-    """What the page's Stop does."""
+    """End a request, if there is one."""
     if visit is not None:
         visit.stop()

@@ -74,7 +74,7 @@ class Inspector:
             largest = max(largest, found.step, found.prefill)
             if len(stepped) % EVERY == 0 or len(stepped) == len(tokens):
                 chart = {
-                    "title": "Largest difference from the convolution",
+                    "title": f"{model}: largest difference from the convolution",
                     "x": {"label": "position", "range": [0, len(tokens)]},
                     "y": {"label": "difference of a logit", "log": True, "range": [1e-8, 1]},
                     "series": [
@@ -84,8 +84,8 @@ class Inspector:
                     ],
                 }  # fmt: skip
                 told = (
-                    f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views differ "
-                    f"by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
+                    f"{model}, {len(stepped)} of {len(tokens)} tokens of {source}: the three views "
+                    f"differ by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
                 )
                 yield chart, told
 
@@ -98,11 +98,11 @@ class Inspector:
         if not self._racing.acquire(blocking=False):
             raise BusyError("another visitor holds a race; two would slow each other. Try again")
         try:
-            yield _race_chart(laps), "getting ready …"
+            yield _race_chart(model, laps), "getting ready …"
             pipe = self.house.scheduler(modality).pipe
             for lap in anatomy.race(pipe, anatomy.race_lengths(pipe)):
                 laps.append(lap)
-                yield _race_chart(laps), _lap_told(lap)
+                yield _race_chart(model, laps), _lap_told(lap)
         finally:
             self._racing.release()
 
@@ -166,7 +166,7 @@ class Inspector:
         decoder, columns = pipe.codec.decoder(), []
         config = Request().sampling(modality)
         size = pipe.recurrent.state_bytes() / 1024
-        told = f"seed {used} · state: {size:.0f} KiB, constant · eager engine"
+        told = f"{model} · seed {used} · state: {size:.0f} KiB, constant · eager engine"
         for token, levels in anatomy.trace(pipe, view, start, config, used, TRACED):
             piece = decoder.push(token) if isinstance(pipe.codec, Text) else None
             columns.append([packed(levels), piece or ""])
@@ -260,8 +260,10 @@ class Inspector:
             poles = live("chart", label="Poles", elem_id="poles-chart")
             lives = live("chart", label="Half-lives", elem_id="lives-chart")
         charts = [kernels, poles, lives]
-        tab.select(self.layers, [model], charts, api_name="layers", **SHARED)
-        model.change(self.layers, [model], charts, api_visibility="private", **SHARED)
+        # Kept since the first look, so that nobody need wait for those who sample.
+        quick: dict[str, Any] = {**SHARED, "concurrency_id": "layers"}
+        tab.select(self.layers, [model], charts, api_name="layers", **quick)
+        model.change(self.layers, [model], charts, api_visibility="private", **quick)
 
     def _build_state(self, model: gr.Radio) -> None:
         _section(
@@ -277,7 +279,7 @@ class Inspector:
             temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Fork temperature", scale=2)
         with gr.Row():
             look = gr.Button("Watch the state", variant="primary", elem_id="watch-go")
-            split = gr.Button("Fork it in two", elem_id="fork-go")
+            split = gr.Button("Fork the text model", elem_id="fork-go")
         heat = live("heat", label="Levels of the state", elem_id="watch-map")
         facts = status_line("watch-status")
         with gr.Row(elem_classes=["fork", "abreast"]):
@@ -304,7 +306,7 @@ def _last_tokens(made: Any) -> list[int]:
     return [*samples[0].plan.tokens, *samples[0].tokens] if samples else []
 
 
-def _race_chart(laps: list[anatomy.Lap]) -> Chart:
+def _race_chart(model: str, laps: list[anatomy.Lap]) -> Chart:
     runners: list[tuple[str, int, Callable[[anatomy.Lap], float | None]]] = [
         ("recurrence, one step", 1, lambda lap: lap.step),
         ("convolution of all", 2, lambda lap: lap.convolution),
@@ -316,7 +318,7 @@ def _race_chart(laps: list[anatomy.Lap]) -> Chart:
         if points:
             series.append({"name": name, "kind": "marks", "colour": colour, "points": points})
     return {
-        "title": "One more token, milliseconds",
+        "title": f"{model}: one more token, milliseconds",
         "x": {"label": "tokens before it", "log": True,
               "ticks": [lap.length for lap in laps]},
         "y": {"label": "ms", "log": True},

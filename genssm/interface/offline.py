@@ -17,8 +17,10 @@ REFUSED = "an address is not fetched; send the file itself"
 SERVED = ("/file=", "/file/")  # Gradio's two ways to say it
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def refuse_addresses(page: gr.Blocks) -> None:
@@ -42,7 +44,7 @@ def _local(
 class LocalFiles:
     """ASGI middleware: of ``/file=…``, only files of this machine reach the application."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +52,11 @@ class LocalFiles:
         if not any(is_http_url_like(path.partition(way)[2]) for way in SERVED):
             await self.app(scope, receive, send)
             return
-        head = {"type": "http.response.start", "status": 403,
-                "headers": [(b"content-type", b"text/plain; charset=utf-8")]}  # fmt: skip
-        await send(head)
-        await send({"type": "http.response.body", "body": REFUSED.encode()})
+        await answer(send, 403, REFUSED)
+
+
+async def answer(send: Send, status: int, text: str) -> None:
+    """Send a whole response of plain text."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})

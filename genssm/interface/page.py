@@ -9,6 +9,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from genssm.interface import uploads
+from genssm.interface.bodies import BoundedBodies
+from genssm.interface.courtesy import explain_refusals
 from genssm.interface.draw import Drawer
 from genssm.interface.house import House
 from genssm.interface.inside import Inspector
@@ -43,6 +45,7 @@ def build_page(house: House) -> gr.Blocks:
         with gr.Tab("Inside", elem_id="tab-inside") as inside:
             Inspector(house).build(inside, written, drawn, spoken)
     refuse_addresses(page)
+    explain_refusals(page)
     return page.queue(max_size=128)
 
 
@@ -62,6 +65,6 @@ def launch(
         state_session_capacity=500,
         footer_links=["api"],
         ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(LocalFiles)]},
+        app_kwargs={"middleware": [Middleware(BoundedBodies), Middleware(LocalFiles)]},
         **settings,
     )

@@ -14,7 +14,14 @@ import numpy as np
 from genssm import files
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
-from genssm.interface.components import kept, live, seed_row, status_line
+from genssm.interface.components import (
+    for_programs,
+    kept,
+    live,
+    on_page,
+    seed_row,
+    status_line,
+)
 from genssm.interface.courtesy import polite
 from genssm.interface.growth import Growth, packed_sound
 from genssm.interface.house import (
@@ -41,11 +48,13 @@ Update = tuple[str | None, dict[str, Any], str, "Spoken"]
 
 @dataclass
 class Spoken:
-    """What a visitor hears: the request under way, of one digit after another."""
+    """What a visitor hears: a request, of one digit after another."""
 
     visit: Visit
     seed: int
     rate: float
+    clip: bool  # whether it goes on from one
+    made: list[Sample]  # the digits before the one under way
 
 
 class Speaker:
@@ -61,7 +70,6 @@ class Speaker:
         assert isinstance(codec, Audio)
         return codec
 
-    @polite
     def speak(
         self,
         words: str = "407",
@@ -77,6 +85,15 @@ class Speaker:
 
         ``duration``: seconds that each sound is to last; 0 leaves it to the model.
         """
+        yield from self._speak(
+            Visit(), words, speaker, seconds, duration, temperature, output_rate, upload, seed
+        )
+
+    @polite
+    def _speak(
+        self, visit: Visit, words: str | None, speaker: str, seconds: float, duration: float,
+        temperature: float, output_rate: str, upload: str | None, seed: float | None,
+    ) -> Iterator[Update]:  # fmt: skip
         if output_rate not in RATES:
             raise ValueError(f"the output rate must be one of {', '.join(RATES)}")
         rate = RATES[output_rate]
@@ -92,7 +109,7 @@ class Speaker:
             prompts: list[Any] = [heard(uploads.clip(upload, codec, SECONDS), codec)]
         else:
             prompts = self._labels(words or "", speaker)
-        yield from self._spoken(prompts, rate, chosen_seed(seed), settings)
+        yield from self._spoken(visit, prompts, rate, chosen_seed(seed), settings)
 
     def _labels(self, words: str, speaker: str) -> list[str]:
         codec = self.codec()
@@ -110,7 +127,7 @@ class Speaker:
         return [f"{p}_{speaker}" if f"{p}_{speaker}" in codec.labels else p for p in parts]
 
     def _spoken(
-        self, prompts: list[Any], rate: float, seed: int, settings: dict[str, Any]
+        self, visit: Visit, prompts: list[Any], rate: float, seed: int, settings: dict[str, Any]
     ) -> Iterator[Update]:
         codec, pipe = self.codec(rate), self.house.pipe("audio", rate)
         clip = prompts[0] if isinstance(prompts[0], np.ndarray) else None
@@ -122,14 +139,14 @@ class Speaker:
         growth, pace = Growth([layout]), _Pace(codec.rate)
         if clip is not None:
             growth.message([packed_sound(clip)])
-        spoken, made = Spoken(Visit(), seed, rate), []
+        spoken = Spoken(visit, seed, rate, clip is not None, [])
         for i, prompt in enumerate(prompts):
-            if spoken.visit.left:
-                break
-            if i:
-                spoken.visit = Visit()  # of the next digit
+            if i and not visit.left:
+                spoken.made += visit.samples()
+                visit.job = None
                 growth.message([packed_sound(np.zeros(round(PAUSE * codec.rate)))])
-            visit = spoken.visit
+            if visit.left:
+                break
             for told in self.house.begin(
                 visit, "audio", prompt, rate=rate, seed=(seed + i) % (LARGEST_SEED + 1), **settings
             ):
@@ -143,8 +160,11 @@ class Speaker:
                 news = [packed_sound(block) for block in blocks]
                 message = growth.message(news) | {"play": pace.live}
                 yield None, message, self._status(spoken), spoken
-            made += visit.samples()
-        whole = growth.whole(play=None if spoken.visit.left else pace.live)  # None: in silence
+        visit.end()
+        made = [*spoken.made, *visit.samples()]
+        if made and not visit.left and not any(len(sample.raw) for sample in made):
+            gr.Warning("The model ended at once, without a sound. Try another seed, or × 1.")
+        whole = growth.whole(play=None if visit.left else pace.live)  # None: in silence
         content = sound_file(pipe, made, prompts) if made else None
         yield content, whole, self._status(spoken), spoken
 
@@ -155,7 +175,8 @@ class Speaker:
             hertz = self.codec(rate).rate
             factor = len(samples[0].tokens) / max(samples[0].seconds, 1e-9) / hertz
             extra = f"{hertz / 1000:g} kHz, {factor:.1f} × real time"
-        return self.house.status(spoken.visit, "audio", rate, extra, spoken.seed)
+            extra += ", goes on from your clip" if spoken.clip else ""
+        return self.house.status(spoken.visit, "audio", rate, extra, spoken.seed, spoken.made)
 
     def build(self) -> gr.State:
         """The tab; returns what it holds of the visitor's last sound."""
@@ -177,8 +198,11 @@ class Speaker:
                     go = gr.Button("Speak", variant="primary", elem_id="speak-go")
                     end = gr.Button("Stop", elem_id="speak-stop", min_width=80)
                 with gr.Accordion("Continue a clip of yours", open=False):
-                    upload = gr.File(label=f"Sound (WAV, FLAC or OGG, up to {uploads.SECONDS:g} s)",
-                                     height=165, elem_id="speak-upload")  # fmt: skip
+                    upload = gr.File(
+                        label=f"Sound (WAV, FLAC or OGG, up to {uploads.SECONDS:g} s; the last "
+                        f"{SECONDS:g} s are continued)",
+                        height=165, elem_id="speak-upload",
+                    )  # fmt: skip
                 with gr.Accordion("Settings", open=False):
                     seconds = gr.Slider(0.1, SECONDS, 1.5, step=0.1, label="Longest, in seconds")
                     duration = gr.Slider(
@@ -190,7 +214,7 @@ class Speaker:
                         list(RATES),
                         value="× 1",
                         elem_classes="chips",
-                        label=f"Output rate (model: {codec.rate / 1000:g} kHz)",
+                        label=f"Output rate (model: {codec.rate / 1000:g} kHz, best at × 1)",
                     )
                     seed, reuse = seed_row("speak-seed")
             with gr.Column(scale=3, min_width=320):
@@ -199,15 +223,15 @@ class Speaker:
                 save = gr.DownloadButton("Download WAV", elem_id="speak-save", size="sm")
         spoken = gr.State(time_to_live=3600, delete_callback=_leave)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         inputs, outputs = (
             [words, speaker, seconds, duration, heat, rate, upload, seed],
             [save, page, status, spoken],
         )
-        go.click(self.speak, inputs, outputs, api_name="speak", **shared)
-        if isinstance(words, gr.Textbox):
-            words.submit(self.speak, inputs, outputs, api_visibility="private", **shared)
-        end.click(lambda s: stop(s and s.visit), [spoken], None, queue=False, **private)
+        begins = [go.click, *([words.submit] if isinstance(words, gr.Textbox) else [])]
+        on_page(self.house, "speak", begins, end, self._speak, inputs, outputs)
+        for_programs(self.speak, inputs, outputs, "speak")
+        end.click(None, js="() => document.querySelector('#speak-page .live')"
+                           ".dispatchEvent(new Event('hush'))")  # fmt: skip
         reuse.click(lambda s: s.seed if s else -1, [spoken], [seed], queue=False, **private)
         return spoken
 

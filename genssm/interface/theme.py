@@ -13,7 +13,7 @@ INK = Color("#f0f5fb", "#dbe7f5", "#b9d0ea", "#8ab0da", "#5a8cc6", "#386cab", "#
 
 
 def build_theme() -> Base:
-    """The theme; text on every surface has a contrast of 4.5 or more (WCAG AA)."""
+    """The theme; text has a contrast of 4.5 or more, the edges of controls of 3 (WCAG AA)."""
     theme = Base(
         primary_hue=INK,
         secondary_hue=INK,
@@ -44,8 +44,10 @@ def build_theme() -> Base:
         input_background_fill="white",
         input_background_fill_dark="*neutral_900",
         input_border_width="1px",
-        input_border_color="*neutral_300",
-        input_border_color_dark="*neutral_600",
+        input_border_color="*neutral_500",
+        input_border_color_dark="*neutral_400",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
         input_border_color_focus="*primary_600",
         input_border_color_focus_dark="*primary_300",
         input_placeholder_color="*neutral_500",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from genssm.codec import Audio, Image, check_rate
+from genssm.data import pixels
 
 BYTES = 2**21  # of a file
 PIXELS = 25_000_000  # of a picture, before it is scaled
@@ -19,7 +20,6 @@ def picture(path: str, codec: Image) -> np.ndarray:
     Only the header is read before the number of pixels is known. Raises ValueError.
     """
     import PIL.Image
-    import PIL.ImageOps
 
     _check_size(path)
     try:
@@ -29,11 +29,10 @@ def picture(path: str, codec: Image) -> np.ndarray:
                     f"a picture may have {PIXELS // 10**6} million pixels, this one has "
                     f"{file.width:,} × {file.height:,}; scale it down"
                 )
-            upright = PIL.ImageOps.exif_transpose(file)
-            shown = np.asarray(upright.convert("RGB" if codec.shape[2] == 3 else "L"))
+            shown = pixels(file, codec)
     except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
         raise ValueError("this file is no picture that can be read; PNG and JPEG are") from error
-    return codec.fit(shown if shown.ndim == 3 else shown[..., None])
+    return codec.fit(shown)
 
 
 def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from genssm.codec import Decoder
-from genssm.interface.components import live, seed_row, status_line
-from genssm.interface.courtesy import polite
+from genssm.interface.components import ON_PAGE, for_programs, live, on_page, seed_row, status_line
+from genssm.interface.courtesy import alone, polite
 from genssm.interface.growth import Growth
 from genssm.interface.house import House, Visit, stop, updates, within
 from genssm.request import DEFAULTS
@@ -38,7 +38,6 @@ class Writer:
     def __init__(self, house: House) -> None:
         self.house = house
 
-    @polite
     def write(
         self,
         prompt: str = EXAMPLES[0],
@@ -49,6 +48,15 @@ class Writer:
         seed: float | None = -1,
     ) -> Iterator[Update]:
         """Continue a text: the text, its pieces with their bits, a line of facts."""
+        yield from self._write(
+            Visit(), prompt, tokens, temperature, top_p, repetition_penalty, seed
+        )
+
+    @polite
+    def _write(
+        self, visit: Visit, prompt: str | None, tokens: float, temperature: float, top_p: float,
+        repetition_penalty: float, seed: float | None,
+    ) -> Iterator[Update]:  # fmt: skip
         prompt = prompt or ""  # programs may send null
         if len(prompt) > CHARACTERS:
             raise ValueError(
@@ -56,9 +64,8 @@ class Writer:
             )
         settings = _settings(tokens, temperature, top_p, repetition_penalty)
         pieces = [[prompt, None]] if prompt else []
-        yield from self._drawn(Visit(), pieces, prompt or None, seed=seed, **settings)
+        yield from self._drawn(visit, pieces, prompt or None, seed=seed, **settings)
 
-    @polite
     def go_on(
         self,
         before: Written | None,
@@ -66,8 +73,18 @@ class Writer:
         temperature: float = SETTINGS.temperature,
         top_p: float = SETTINGS.top_p,
         repetition_penalty: float = 1.0,
+        seed: float | None = -1,
     ) -> Iterator[Update]:
         """Continue the last text from the model's state; nothing is read again."""
+        yield from self._go_on(
+            Visit(), before, tokens, temperature, top_p, repetition_penalty, seed
+        )
+
+    @polite
+    def _go_on(
+        self, visit: Visit, before: Written | None, tokens: float, temperature: float,
+        top_p: float, repetition_penalty: float, seed: float | None,
+    ) -> Iterator[Update]:  # fmt: skip
         if before is None or before.visit.job is None or not before.visit.samples():
             raise ValueError("there is nothing to continue yet; generate a text first")
         settings = _settings(tokens, temperature, top_p, repetition_penalty)
@@ -75,7 +92,7 @@ class Writer:
         before.visit.job.run()  # to its end, which may be ahead of what was shown
         pieces = before.pieces[: before.begun] + self._reader(before.visit).news()
         state = before.visit.job.reading()
-        yield from self._drawn(Visit(), pieces, None, state=state, **settings)
+        yield from self._drawn(visit, pieces, None, state=state, seed=seed, **settings)
 
     def _reader(self, visit: Visit) -> PieceReader:
         return PieceReader(self.house.pipe("text").codec.decoder(), visit)
@@ -125,15 +142,14 @@ class Writer:
                 text = gr.Textbox(label="Text", visible=False)
                 status = status_line("write-status")
         written = gr.State(time_to_live=3600, delete_callback=_leave)
-        settings = [tokens, heat, top_p, penalty]
+        settings = [tokens, heat, top_p, penalty, seed]
         outputs = [text, page, status, written]
-        shared: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
-        go.click(self.write, [prompt, *settings, seed], outputs, api_name="write", **shared)
-        prompt.submit(self.write, [prompt, *settings, seed], outputs, api_visibility="private",
-                      **shared)  # fmt: skip
-        more.click(self.go_on, [written, *settings], outputs, api_name="continue", **shared)
-        end.click(lambda w: stop(w and w.visit), [written], None, api_visibility="private",
-                  queue=False)  # fmt: skip
+        go_on = alone(self.house, "write", self._go_on)
+        on_page(self.house, "write", [go.click, prompt.submit], end, self._write,
+                [prompt, *settings], outputs)  # fmt: skip
+        more.click(go_on, [written, *settings], outputs, **ON_PAGE)
+        for_programs(self.write, [prompt, *settings], outputs, "write")
+        for_programs(self.go_on, [written, *settings], outputs, "continue")
         reuse.click(_last_seed, [written], [seed], api_visibility="private", queue=False)
         return written
 

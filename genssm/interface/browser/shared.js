@@ -12,9 +12,14 @@ function make(tag, className, parent) {
 function news(view, message, reset) {
   if (message.run !== view.run) {
     if (message.at > 0) return []; // its beginning was passed over; the last message holds all
+    if (message.run < view.run) return []; // the end of what was replaced
     view.run = message.run;
     view.count = 0;
     reset();
+    if (matchMedia("(max-width: 760px)").matches) {
+      const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      root.scrollIntoView({ block: "nearest", behavior: still ? "auto" : "smooth" });
+    }
   }
   if (message.at > view.count) return [];
   const items = message.items.slice(view.count - message.at);

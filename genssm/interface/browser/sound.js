@@ -222,6 +222,11 @@ button.addEventListener("click", () => {
   schedule(0, length);
 });
 
+root.addEventListener("hush", () => {
+  muted = true;
+  silence();
+});
+
 function draw() {
   const message = props.value;
   if (!message) return tick();

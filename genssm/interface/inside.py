@@ -74,7 +74,7 @@ class Inspector:
             largest = max(largest, found.step, found.prefill)
             if len(stepped) % EVERY == 0 or len(stepped) == len(tokens):
                 chart = {
-                    "title": f"{model}: largest difference from the convolution",
+                    "title": f"{model}: difference from the convolution",
                     "x": {"label": "position", "range": [0, len(tokens)]},
                     "y": {"label": "difference of a logit", "log": True, "range": [1e-8, 1]},
                     "series": [
@@ -84,8 +84,8 @@ class Inspector:
                     ],
                 }  # fmt: skip
                 told = (
-                    f"{model}, {len(stepped)} of {len(tokens)} tokens of {source}: the three views "
-                    f"differ by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
+                    f"{len(stepped)} of {len(tokens)} tokens of {source}: the three views differ "
+                    f"by at most {largest:.1e} where the largest logit is {found.scale:.0f}"
                 )
                 yield chart, told
 

@@ -191,7 +191,7 @@ def test_text_is_written_continued_and_repeated_by_its_seed(opened: Callable[...
     assert written(page) == first
 
 
-def test_bits_appear_when_a_token_is_pointed_at(opened: Callable[..., Page]) -> None:
+def test_bits_appear_where_a_pointer_or_the_arrow_keys_are(opened: Callable[..., Page]) -> None:
     page = opened("Write")
     page.click("#write-go")
     written(page)
@@ -199,6 +199,15 @@ def test_bits_appear_when_a_token_is_pointed_at(opened: Callable[..., Page]) -> 
     piece.hover()
     tip = page.locator("#write-page .tip")
     expect(tip).to_contain_text(f"{piece.get_attribute('data-bits')} bits · probability")
+    page.mouse.move(0, 0)
+    expect(tip).to_be_hidden()
+    page.focus("#write-page .page")
+    for key, index in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowLeft", 0)):
+        page.keyboard.press(key)
+        bits = page.locator("#write-page .drawn").nth(index).get_attribute("data-bits")
+        expect(tip).to_contain_text(f"{bits} bits · probability")
+    page.keyboard.press("Tab")
+    expect(tip).to_be_hidden()
 
 
 def test_nothing_to_continue_is_said_in_a_sentence(opened: Callable[..., Page]) -> None:

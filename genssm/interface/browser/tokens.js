@@ -9,13 +9,20 @@ const key = make("p", "key", root);
 key.innerHTML = "surprise <span>0</span><i></i><span>12 bits and more</span>";
 const tip = make("div", "tip", root);
 tip.hidden = true;
+tip.setAttribute("role", "status");
+
+function clear() {
+  page.replaceChildren();
+  looked = -1;
+  tip.hidden = true;
+}
 
 function draw() {
   const message = props.value;
   if (!message) return;
   const following = page.scrollHeight - page.scrollTop - page.clientHeight < 40;
   const added = document.createDocumentFragment();
-  for (const [text, bits] of news(view, message, () => page.replaceChildren())) {
+  for (const [text, bits] of news(view, message, clear)) {
     const piece = make("span", bits === null ? "told" : "drawn", added);
     piece.textContent = text;
     if (bits === null) continue;
@@ -27,8 +34,10 @@ function draw() {
   if (following) page.scrollTop = page.scrollHeight;
 }
 
-function point(event) {
-  const piece = event.target.closest(".drawn");
+let looked = -1; // the piece that the arrow keys have come to
+
+function tell(piece) {
+  page.querySelector(".looked")?.classList.remove("looked");
   tip.hidden = !piece;
   if (!piece) return;
   const bits = Number(piece.dataset.bits);
@@ -40,8 +49,26 @@ function point(event) {
   tip.style.left = `${Math.max(0, Math.min(box.left - frame.left, frame.width - tip.offsetWidth))}px`;
   tip.style.top = `${box.top - frame.top - tip.offsetHeight - 4}px`;
 }
+
+function point(event) {
+  tell(event.target.closest(".drawn"));
+}
+
+function walk(event) {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  const pieces = page.querySelectorAll(".drawn");
+  if (!step || !pieces.length) return;
+  event.preventDefault();
+  looked = Math.max(0, Math.min(looked + step, pieces.length - 1));
+  const piece = pieces[looked];
+  piece.scrollIntoView({ block: "nearest" });
+  tell(piece);
+  piece.classList.add("looked");
+}
 page.addEventListener("pointerover", point);
 page.addEventListener("click", point);
-page.addEventListener("pointerleave", () => (tip.hidden = true));
+page.addEventListener("pointerleave", () => tell(null));
+page.addEventListener("keydown", walk);
+page.addEventListener("blur", () => tell(null));
 watch("value", draw);
 draw();

@@ -17,7 +17,8 @@ from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Image
 from genssm.files import png, sound
 from genssm.pipeline import Pipeline, Sample
-from genssm.request import Request
+from genssm.request import Plan, Request
+from genssm.settings import check_types
 
 _FACTS = "bulk.json"
 
@@ -32,6 +33,10 @@ class Bulk:
     prompt: str | None  # text, or the name of a class; None: every class by turns
     seed: int
     count: int
+    rate: float = 1.0  # of the model
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def sample_to_folder(
@@ -56,6 +61,10 @@ def sample_to_folder(
         raise ValueError("rank chooses among samples; in a folder each is kept")
     if request.first or request.label is not None:
         raise ValueError("a folder begins with sample 0, and its prompt names the class, if any")
+    if not 0 <= rank < processes:
+        raise ValueError(f"rank must lie in 0 … processes - 1, got {rank} of {processes}")
+    label, _ = next(_blocks(pipe, request.count, prompt))
+    _plan(pipe, prompt, replace(request, label=label))  # refuses before the folder is made
     _agree(pipe, folder, request, prompt)
     drawn = 0
     for number, (label, indices) in enumerate(_blocks(pipe, request.count, prompt)):
@@ -64,9 +73,7 @@ def sample_to_folder(
         missing = [i for i in indices if not _file(pipe, folder, i).exists()]
         if not missing:
             continue
-        own = replace(request, count=1, label=label)
-        text = prompt if pipe.modality == "text" else None
-        plan = replace(pipe.plan(text, own), indices=tuple(missing))
+        plan = replace(_plan(pipe, prompt, replace(request, label=label)), indices=tuple(missing))
         for session in pipe.batches(plan):
             for sample in session.run():
                 _write(pipe, sample, _file(pipe, folder, sample.index), prompt)
@@ -75,13 +82,18 @@ def sample_to_folder(
     return drawn
 
 
+def _plan(pipe: Pipeline, prompt: str | None, request: Request) -> Plan:
+    text = prompt if pipe.modality == "text" else None
+    return pipe.plan(text, replace(request, count=1))
+
+
 def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -> None:
     """Check that the folder is new or holds fewer or more of the same samples, and say so in it."""
     assert request.seed is not None
     settings = {k: v for k, v in asdict(request).items() if k not in ("count", "seed", "first")}
     plain = json.loads(json.dumps(settings))
     seed, count = request.seed, request.count
-    facts = Bulk(pipe.content_hash, pipe.stepped_weights, plain, prompt, seed, count)
+    facts = Bulk(pipe.content_hash, pipe.stepped_weights, plain, prompt, seed, count, pipe.rate)
     file = folder / _FACTS
     # Looked at before the facts: another process writes those before its first sample.
     occupied = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())

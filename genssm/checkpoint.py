@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssm.codec import Codec, Text, codec_from_config
+from genssm.codec import Codec, Image, Text, codec_from_config
 from genssm.model import ModelConfig, SequenceModel
 
+FILES = {"config.json", "model.safetensors", "tokenizer.model"}  # of a checkpoint
 FORMAT_VERSION = 1
 # What older checkpoints do not set, and did without: at their defaults these change nothing.
 LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "opening", "durations"}
@@ -68,12 +69,17 @@ def shipped_folders() -> dict[str, Path]:
     return {}
 
 
-def resolve(name: str) -> Path:
-    """The folder of a checkpoint: a shipped name, a folder, or a Hub id "owner/name"."""
+def resolve(name: str | Path) -> Path:
+    """The folder of a checkpoint: a shipped name, a folder, or a Hub id "owner/name".
+
+    A ``Path`` is a folder, also where a shipped checkpoint has its name.
+    """
     shipped = shipped_folders()
     folder = local_folder(name)
     if folder is not None:
         return folder
+    if isinstance(name, Path):
+        raise UnknownModelError(f"there is no checkpoint folder {str(name)!r}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
     near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.4)
@@ -84,9 +90,9 @@ def resolve(name: str) -> Path:
     )
 
 
-def local_folder(name: str) -> Path | None:
+def local_folder(name: str | Path) -> Path | None:
     """The shipped checkpoint or the folder of this name, None if there is none here."""
-    if name in (shipped := shipped_folders()):
+    if isinstance(name, str) and name in (shipped := shipped_folders()):
         return shipped[name]
     if not name:  # or Path would take it for the current folder
         return None
@@ -105,9 +111,8 @@ def _download(repository: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "model.safetensors", "tokenizer.model"]
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=sorted(FILES)))
     except HFValidationError as error:
         raise CheckpointError(f"{repository!r} is not a Hugging Face id owner/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -123,10 +128,13 @@ def load(name: str | Path) -> Checkpoint:
 
     Raises CheckpointError for anything missing, truncated, foreign, mismatched or newer.
     """
+    with torch.device("cpu"), torch.random.fork_rng(devices=()):  # no weight stays random
+        return _load(resolve(name))
+
+
+def _load(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    folder = resolve(str(name))
 
     def check(holds: bool, problem: str) -> None:
         if not holds:
@@ -138,7 +146,7 @@ def load(name: str | Path) -> Checkpoint:
         check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint{hint}")
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{str(folder / 'config.json')!r} is not readable JSON") from error
     check(isinstance(config, dict) and "format_version" in config, "is not in genssm's format")
     version = config["format_version"]
@@ -161,7 +169,7 @@ def load(name: str | Path) -> Checkpoint:
         tensors = load_file(folder / "model.safetensors")
         count = sum(tensor.numel() for tensor in tensors.values())
         check(_least_weights(settings) <= count, "has fewer weights than its config says")
-        model = SequenceModel(settings)
+        model = SequenceModel(settings).float()
     except CheckpointError:
         raise
     except SafetensorError as error:
@@ -174,13 +182,16 @@ def load(name: str | Path) -> Checkpoint:
         getattr(codec, name) == getattr(model.config, name)
         for name in ("vocab_size", "n_outputs", "opening", "durations")
     )
+    shape = codec.shape if isinstance(codec, Image) else model.config.image_shape
+    fits = fits and model.config.image_shape in (None, shape)
     check(fits, "has a codec that does not fit its model")
     expected = model.state_dict()
     wrong = sorted(set(expected) ^ set(tensors)) or sorted(
         k for k in expected if expected[k].shape != tensors[k].shape
     )
     check(not wrong, f"has weights that do not fit its config, first {wrong[:1]}")
-    finite = all(bool(t.float().isfinite().all()) for t in tensors.values())
+    real = all(t.is_floating_point() for t in tensors.values())
+    finite = real and all(bool(t.float().isfinite().all()) for t in tensors.values())
     check(finite, "holds weights that are not finite numbers")
     model.load_state_dict({k: t.float() for k, t in tensors.items()})
     probe = config["probe"]
@@ -232,7 +243,10 @@ def stored_weights(model: SequenceModel) -> dict[str, Tensor]:
 
 
 def content_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256 of what decides samples: architecture, codec and weights; not the metrics."""
+    """SHA-256 of what decides samples: architecture, codec and weights; not the metrics.
+
+    Of weights that a checkpoint would store less exactly, as they are.
+    """
     digest = hashlib.sha256()
     config = checkpoint.to_config()
     parts = {key: config[key] for key in ("format_version", "codec", "model")}
@@ -241,7 +255,10 @@ def content_hash(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(parts, sort_keys=True).encode())
     if isinstance(checkpoint.codec, Text):
         digest.update(hashlib.sha256(checkpoint.codec.tokenizer).digest())
-    for name, tensor in sorted(stored_weights(checkpoint.model).items()):
+    weights = checkpoint.model.state_dict()
+    for name, stored in sorted(stored_weights(checkpoint.model).items()):
+        own = weights[name].detach().cpu()
+        tensor = stored if torch.equal(stored.to(own.dtype), own) else own.contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -251,7 +268,8 @@ def save(checkpoint: Checkpoint, folder: str | Path) -> Path:
     """Write a checkpoint; the folder holds the old one or the new one, never a mixture.
 
     The new one is written beside and swapped in by two renames; a kill between them leaves the old
-    one as ``<folder>.previous``, which ``load`` finds.
+    one as ``<folder>.previous``, which ``load`` finds. Raises FileExistsError for a folder that
+    holds anything else than a checkpoint.
     """
     from safetensors.torch import save_file
 
@@ -261,7 +279,8 @@ def save(checkpoint: Checkpoint, folder: str | Path) -> Path:
         if isinstance(checkpoint.codec, Text):
             (target / "tokenizer.model").write_bytes(checkpoint.codec.tokenizer)
 
-    return replace_folder(Path(folder), write)
+    _replace_folder(Path(folder).expanduser().resolve(), write)
+    return Path(folder)
 
 
 def record_metric(name: str | Path, metric: str, facts: dict[str, Any]) -> None:
@@ -272,29 +291,55 @@ def record_metric(name: str | Path, metric: str, facts: dict[str, Any]) -> None:
     replace_file(file, lambda target: target.write_text(json.dumps(config, indent=1) + "\n"))
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder, then put it in the place of ``folder``.
 
     Raises OSError when the disk is full; ``folder`` then is what it was.
     """
+    previous = folder.with_name(folder.name + ".previous")
+    for place in (folder, previous):
+        check_replaceable(place)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _space_for(folder):
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             write(fresh)
-            fresh.chmod(0o755)
+            fresh.chmod(_permitted(0o777))
             for file in fresh.iterdir():
-                file.chmod(0o644)
+                file.chmod(_permitted(0o666))
                 _flush(file)
-            previous = folder.with_name(folder.name + ".previous")
             if folder.exists():
-                shutil.rmtree(previous, ignore_errors=True)
+                _remove(previous)
                 folder.rename(previous)
             fresh.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
+            _remove(previous)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    return folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise FileExistsError for what a checkpoint must not take the place of."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{str(folder)!r} is no folder; use another name")
+    others = sorted({p.name for p in folder.iterdir()} - FILES) if folder.exists() else []
+    if others:
+        raise FileExistsError(
+            f"{str(folder)!r} holds something else than a checkpoint, first {others[0]!r}, which "
+            "would be lost; use another folder"
+        )
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _permitted(mode: int) -> int:
+    """What the user's umask leaves of a mode."""
+    mask = os.umask(0o077)  # the only way to ask; meanwhile others can read less, not more
+    os.umask(mask)
+    return mode & ~mask
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -311,7 +356,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
-            temporary.chmod(0o644)
+            temporary.chmod(_permitted(0o666))
             _flush(temporary)
             temporary.replace(path)
         finally:

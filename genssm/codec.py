@@ -12,14 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genssm.settings import check_type
+
 ANY = "any"  # the label that means no label
 RATES = (1_000, 192_000)  # Hz of sound, the least and the most
+CHANNELS = 32  # the most of one sound
 FINEST = 1_000  # the most in the denominator of a ratio of sampling rates; common ones stay exact
 
 Raw = Any  # str, or a uint8 (H, W, C) array, or a float32 (samples,) array
@@ -275,7 +278,7 @@ class Image(Codec):
                 f"{height}×{width}×{channels}"
             )
         self.shape = (height, width, channels)
-        self.labels = tuple(labels)
+        self.labels = _distinct(labels)
 
     @property
     def length(self) -> int:
@@ -288,9 +291,10 @@ class Image(Codec):
         if array.ndim == 2:
             array = array[..., None]
         if array.dtype != np.uint8 or array.shape != self.shape:
+            remedy = "convert it to uint8" if array.shape == self.shape else "crop or scale it"
             raise ValueError(
                 f"a picture must be uint8 of shape {self.shape}, got {array.dtype} of shape "
-                f"{array.shape}; crop or scale it first"
+                f"{array.shape}; {remedy} first"
             )
         return array
 
@@ -378,7 +382,7 @@ class Audio(Codec):
     ) -> None:
         check_rate(rate)
         self.rate = rate
-        self.labels = tuple(labels)
+        self.labels = _distinct(labels)
         self.durations, self.levels = tuple(durations), tuple(levels)
         if any(n < 1 for n in self.durations) or sorted(set(self.durations)) != [*self.durations]:
             raise ValueError(
@@ -414,7 +418,7 @@ class Audio(Codec):
         ratio of smaller numbers, here 6, which changes the pitch by at most a thousandth.
         """
         wave = np.asarray(raw)
-        if wave.dtype == np.int16:
+        if wave.dtype.newbyteorder("=") == np.int16:
             wave = wave / np.float32(32768)
         if wave.ndim not in (1, 2) or not np.issubdtype(wave.dtype, np.floating):
             raise ValueError(
@@ -424,6 +428,11 @@ class Audio(Codec):
         if wave.ndim == 2:
             if wave.shape[1] == 0:
                 raise ValueError(f"the sound has no channel: its shape is {wave.shape}")
+            if wave.shape[1] > max(wave.shape[0], CHANNELS):
+                raise ValueError(
+                    f"sound must be (samples, channels), at most {CHANNELS} channels; got "
+                    f"{wave.shape}, which looks transposed"
+                )
             wave = wave.mean(1)
         wave = wave.astype(np.float32)
         if not np.isfinite(wave).all():
@@ -514,6 +523,12 @@ class _AudioDecoder(Decoder):
         return wave if len(wave) else None
 
 
+def _distinct(labels: Sequence[str]) -> tuple[str, ...]:
+    if len(set(labels)) < len(labels) or ANY in labels or "" in labels:
+        raise ValueError(f"labels must be distinct names other than {ANY!r}, got {labels!r:.80}")
+    return tuple(labels)
+
+
 def codec_from_config(config: dict[str, Any], folder: Path | None = None) -> Codec:
     """Build the codec that ``to_config`` described; text reads ``folder/tokenizer.model``."""
     settings = dict(config)
@@ -525,7 +540,11 @@ def codec_from_config(config: dict[str, Any], folder: Path | None = None) -> Cod
     kinds = {"image": Image, "audio": Audio}
     if kind not in kinds:
         raise ValueError(f"unknown codec {config!r}")
+    types = get_type_hints(kinds[kind].__init__)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
+        for name in settings.keys() & types.keys():
+            check_type(name, settings[name], types[name])
         return kinds[kind](**settings)
-    except TypeError as error:
-        raise ValueError(f"the codec does not fit its kind: {config!r}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the codec does not fit its kind {kind!r}: {error}") from error

@@ -43,13 +43,14 @@ class Drawn(NamedTuple):
     bits: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """A sequence as the model remembers it: what was read, the state after it, what comes next."""
 
     tokens: Tensor  # (L,) int64, start token first
     logits: Tensor  # (1, V) of the next token
     state: State  # of one sequence
+    owner: tuple[str, float] | None = None  # content hash and rate of the model, where known
 
 
 class Generation:
@@ -84,7 +85,7 @@ class Generation:
         rows = torch.arange(len(logits)).repeat_interleave(len(indices))
         self._logits, self._state = logits[rows], state.rows(rows)
         self._seen = torch.zeros(len(indices), logits.shape[-1], dtype=torch.bool)
-        self._seen[:, start.tokens[start.tokens < logits.shape[-1]]] = True
+        self._seen[:, _repeatable(start, logits.shape[-1])] = True
         self._pending: Tensor | None = None  # drawn, not yet read by the model
 
     ahead = 0  # steps that are drawn already: none
@@ -139,7 +140,7 @@ class Generation:
         return Snapshot(tuple(self.active), self._logits[rows], self._state.rows(rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """States of several samples at one position."""
 
@@ -196,7 +197,7 @@ class CompiledGeneration:
         rows = torch.arange(len(logits)).repeat_interleave(len(indices))
         size = logits.shape[-1]
         seen = np.zeros((len(indices), size), np.bool_)
-        seen[:, start.tokens[start.tokens < size].numpy()] = True
+        seen[:, _repeatable(start, size).numpy()] = True
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
         self._drawing, self._lock = False, threading.Lock()  # whether the states are changing
@@ -452,6 +453,12 @@ def read_by_pieces(
         with torch_threads(threads):
             logits, state = model.read(tokens[None, i : i + PIECE], state)
     return Reading(tokens if before is None else torch.cat([before.tokens, tokens]), logits, state)
+
+
+def _repeatable(start: Reading, outputs: int) -> Tensor:
+    """The tokens of a prompt that may be predicted again; its start is no end of it."""
+    tokens = start.tokens[1:]
+    return tokens[tokens < outputs]
 
 
 def _streams_of(start: Reading, guide: Reading | None) -> tuple[Tensor, State]:

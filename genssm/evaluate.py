@@ -16,6 +16,7 @@ from genssm.conversion import to_recurrent
 from genssm.data import Example
 from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, SequenceModel
+from genssm.recurrence import without_autocast
 
 _LN2 = math.log(2)
 LONGEST = 16_384  # tokens convolved at once; longer sequences go on from the recurrent state
@@ -36,7 +37,8 @@ def token_bits(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tenso
     reader, targets = tokens[:, :-1], tokens[:, 1:]
     if reader.shape[1] > LONGEST:
         return _token_bits_in_pieces(to_recurrent(model, rate), reader, targets)
-    bits = _convolved_token_bits(model, reader, targets, rate)
+    with without_autocast(tokens):
+        bits = _convolved_token_bits(model, reader, targets, rate)
     if not bool(bits.isfinite().all()):
         recurrent = to_recurrent(model, rate)
         raise NotFiniteError(recurrent, recurrent.read(reader)[1])

@@ -5,10 +5,11 @@ Pools follow SaShiMi (arXiv 2202.09729): a pooled layer contains a stack, delaye
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from genssm.layers import LAYERS, TrainedLayer, build_layer
 from genssm.recall import NOTHING, Recall
-from genssm.recurrence import Recurrence
+from genssm.recurrence import Recurrence, without_autocast
 from genssm.settings import check_types
 
+P = ParamSpec("P")
+R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -819,6 +822,18 @@ class State(NamedTuple):
         return State(self.position, self.history[index], self.recall[index], layers)
 
 
+def _as_trained(method: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients, and in the weights' own precision whatever the autocast around."""
+
+    @functools.wraps(method)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        tokens = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        with torch.no_grad(), without_autocast(cast(Tensor, tokens)):
+            return method(*args, **kwargs)
+
+    return exact
+
+
 class RecurrentModel(nn.Module):
     """A ``SequenceModel`` as a recurrence: constant time and memory per token."""
 
@@ -873,7 +888,7 @@ class RecurrentModel(nn.Module):
         rate *= self.rate
         return _look(self.inputs, self.recall, tokens, history, recall, position, rate)
 
-    @torch.no_grad()
+    @_as_trained
     def prefill(
         self, tokens: Tensor, state: State | None = None, rate: float = 1.0
     ) -> tuple[Tensor, State]:
@@ -884,7 +899,7 @@ class RecurrentModel(nn.Module):
         features, known, state = self._features(tokens, state, rate)
         return self.head.logits(features, known), state
 
-    @torch.no_grad()
+    @_as_trained
     def read(
         self, tokens: Tensor, state: State | None = None, rate: float = 1.0
     ) -> tuple[Tensor, State]:
@@ -911,7 +926,7 @@ class RecurrentModel(nn.Module):
         after = State(state.position + tokens.shape[1], history, recall, layers)
         return self.norm(x), known, after
 
-    @torch.no_grad()
+    @_as_trained
     def step(self, token: Tensor, state: State, rate: float = 1.0) -> tuple[Tensor, State]:
         """Read one token (B,) → logits (B, V) of the next, and the state after; rate as above."""
         if token.shape != (len(state.history),):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
@@ -43,7 +44,7 @@ LARGEST_BATCH = 64  # samples stepped side by side on a CPU
 TOGETHER = 16_384  # tokens convolved at once to classify: more do not fit the caches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One finished (or interrupted) sample."""
 
@@ -143,12 +144,17 @@ class Session:
         *,
         guide: Reading | None = None,
         snapshot_every: int = 0,
+        owner: Callable[[], tuple[str, float]] | None = None,
     ) -> None:
-        """``start``: the prompt, read; ``guide``: the prompt without its class, read."""
+        """``start``: the prompt, read; ``guide``: the prompt without its class, read.
+
+        ``owner``: see ``Reading``.
+        """
         if snapshot_every < 0:
             raise ValueError(f"snapshot_every must not be negative, got {snapshot_every}")
         self.codec, self.plan = codec, plan
         self._model, self._start, self._snapshot_every = model, start, snapshot_every
+        self._owner = owner
         self._snapshots: list[Snapshot] = []
         self.started = time.perf_counter()
         self.seconds = 0.0
@@ -244,11 +250,11 @@ class Session:
         decoder = self._decoders[i]
         return decoder.text if isinstance(decoder, _Ending) and decoder.stopped else None
 
-    def _raw(self, i: int) -> Raw:
+    def _raw(self, i: int, tokens: list[int]) -> Raw:
         text = self._stopped(i)
         if text is not None:
             return self.codec.decode(self.plan.tokens[: self._whole]) + text
-        return self.codec.decode([*self.plan.tokens, *self.tokens[i]])
+        return self.codec.decode([*self.plan.tokens, *tokens])
 
     def reading(self, sample: int = 0, position: int | None = None) -> Reading:
         """What the model remembers of a sample after its first ``position`` drawn tokens (all).
@@ -270,7 +276,8 @@ class Session:
         for snapshot in snapshots:
             if sample in snapshot.samples and int(snapshot.state.position) <= len(tokens):
                 nearest = snapshot.reading(sample, tokens)
-        return read(self._model, tokens[len(nearest.tokens) :], nearest)
+        reading = read(self._model, tokens[len(nearest.tokens) :], nearest)
+        return replace(reading, owner=self._owner() if self._owner else None)
 
     def run(self) -> list[Sample]:
         """Draw to the end."""
@@ -280,20 +287,22 @@ class Session:
 
     def samples(self) -> list[Sample]:
         """What has been drawn so far."""
-        return [
-            Sample(
-                modality=self.codec.modality,
-                raw=self._raw(i),
-                tokens=list(self.tokens[i]),
-                token_bits=list(self.token_bits[i]),
-                seed=self.seed,
-                index=index,
-                finish=self.finish[i],
-                seconds=self.seconds,
-                plan=self.plan,
-            )
-            for i, index in enumerate(self.plan.indices)
-        ]
+        return [self._sample(i, index) for i, index in enumerate(self.plan.indices)]
+
+    def _sample(self, i: int, index: int) -> Sample:
+        bits = list(self.token_bits[i])  # before the tokens: another thread may be drawing
+        tokens = self.tokens[i][: len(bits)]
+        return Sample(
+            modality=self.codec.modality,
+            raw=self._raw(i, tokens),
+            tokens=tokens,
+            token_bits=bits,
+            seed=self.seed,
+            index=index,
+            finish=self.finish[i],
+            seconds=self.seconds,
+            plan=self.plan,
+        )
 
 
 class Pipeline:
@@ -321,7 +330,16 @@ class Pipeline:
         if rate != 1:
             self.codec = _at_rate(checkpoint.codec, rate)
         self.config: dict[str, Any] = checkpoint.to_config()
-        self._rates: dict[float, Pipeline] = {rate: self}
+        self._rates: dict[float, Pipeline] = {}  # this model at other rates
+        self._origin: weakref.ref[Pipeline] | None = None  # the one that has this among those
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is made on first use is made again by a copy."""
+        made = {"recurrent", "stepper"}
+        return {k: v for k, v in self.__dict__.items() if k not in made} | {
+            "_rates": {},
+            "_origin": None,
+        }
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -347,11 +365,17 @@ class Pipeline:
         that rate.
         Converted once for each rate.
         """
-        if rate not in self._rates:
-            other = self._with(rate=rate)
-            other._rates = self._rates
-            self._rates[rate] = other
-        return self._rates[rate]
+        origin = self._origin() if self._origin is not None else self
+        if origin is None:  # it is gone, and this was kept
+            origin, self._origin = self, None
+        for pipe in (self, origin):
+            if rate == pipe.rate:
+                return pipe
+        if rate not in origin._rates:
+            other = origin._with(rate=rate)
+            other._origin = weakref.ref(origin)
+            origin._rates[rate] = other
+        return origin._rates[rate]
 
     def _with(
         self, *, rate: float | None = None, engine: str | None = None, weights: str | None = None
@@ -404,6 +428,7 @@ class Pipeline:
         Raises ValueError for a prompt or setting that does not fit.
         """
         request = request or Request()
+        self._check_owner(state)
         chosen = {name: getattr(request, name) for name in ("label", "keep_rows", "duration")}
         if state is None:
             tokens = self.prompt_tokens(prompt, **chosen)
@@ -417,7 +442,7 @@ class Pipeline:
             tokens=tuple(tokens.tolist()),
             sampling=request.sampling(self.modality),
             max_tokens=self._length(len(tokens), request.max_tokens),
-            stop=request.stop,
+            stop=tuple(request.stop),
             seed=new_seed() if request.seed is None else request.seed,
             indices=tuple(range(first, first + count)),
             guidance=self._guidance(tokens, request, state),
@@ -472,11 +497,30 @@ class Pipeline:
         Continuing a state equals having given the whole text, picture or sound as the prompt, with
         ``guidance=1``: what is guided reads without its class, too.
         """
-        tokens = self.prompt_tokens(prompt, label=label, keep_rows=keep_rows, duration=duration)
-        return read(self.recurrent, tokens)
+        request = Request(label=label, keep_rows=keep_rows, duration=duration)
+        tokens = self.prompt_tokens(
+            prompt, label=request.label, keep_rows=request.keep_rows, duration=request.duration
+        )
+        return replace(read(self.recurrent, tokens), owner=self._owner())
+
+    def _owner(self) -> tuple[str, float]:
+        return self.content_hash, self.rate
+
+    def _check_owner(self, state: Reading | None) -> None:
+        if state is None or state.owner in (None, self._owner()):
+            return
+        rate = state.owner[1] if state.owner else 1.0
+        made = "another model" if rate == self.rate else f"a model at the rate {rate:g}"
+        raise states.StateError(
+            f"the state is of {made}, not of {self.name!r} at {self.rate:g}; continue it there"
+        )
 
     def save_state(self, state: Reading, path: str | Path) -> None:
-        """Write a state file (safetensors), whole or not at all."""
+        """Write a state file (safetensors), whole or not at all.
+
+        Raises StateError, a ValueError, for a state of another model.
+        """
+        self._check_owner(state)
         states.save(state, Path(path), checkpoint=self.content_hash, rate=self.rate)
 
     def load_state(self, path: str | Path) -> Reading:
@@ -485,7 +529,7 @@ class Pipeline:
         state = states.load(Path(path), self.recurrent, checkpoint=hash, rate=rate)
         if self._length(len(state.tokens), None) < 0:
             raise states.StateError(f"{str(path)!r} is damaged: it is longer than a picture")
-        return state
+        return replace(state, owner=self._owner())
 
     def start(
         self,
@@ -499,7 +543,8 @@ class Pipeline:
 
         ``first`` is the index of the first sample: samples 4 … 7 of a seed are
         ``start(count=4, first=4, seed=seed)``. ``snapshot_every``: keep the state every so many
-        tokens, so that ``Session.reading`` finds its way back faster.
+        tokens, so that ``Session.reading`` finds its way back faster. (Kept states are those that
+        were stepped, with the stepper's weights; without, the tokens are read again by the model.)
         """
         request = Request(**settings)  # type: ignore[arg-type]
         if request.count > LARGEST_BATCH:
@@ -536,8 +581,9 @@ class Pipeline:
             raise ValueError("these samples continue no state; leave the state out")
         if plan.state is not None and states.fingerprint(start) != plan.state:
             raise ValueError(
-                "these samples continue a state file that is not this one; give the one they were "
-                "made from"
+                "these samples continue a state file"
+                + (" that is not this one" if state is not None else "")
+                + "; give the one they were made from"
             )
         if plan.guidance == 1:
             return start, None
@@ -553,7 +599,13 @@ class Pipeline:
         )
         return (
             Session(
-                self.stepper, self.codec, part, start, guide=guide, snapshot_every=snapshot_every
+                self.stepper,
+                self.codec,
+                part,
+                start,
+                guide=guide,
+                snapshot_every=snapshot_every,
+                owner=self._owner,
             )
             for part in parts
         )

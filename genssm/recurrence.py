@@ -50,7 +50,7 @@ class Tables(NamedTuple):
     advance: Tensor  # A^T as the subclass applies it
 
 
-def _without_autocast(u: Tensor) -> AbstractContextManager[object]:
+def without_autocast(u: Tensor) -> AbstractContextManager[object]:
     """States are not rounded by a context around; entered only where there is one."""
     kind = u.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -97,7 +97,7 @@ class Recurrence(nn.Module, ABC):
     def step(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """One position: u (B, H), state → y (B, H·M), next state; whatever the autocast."""
         self._check("(B, H)", 2, u, x)
-        with _without_autocast(u):
+        with without_autocast(u):
             return self.at(rate)._step(u.to(self.D.dtype), x)
 
     def prefill(self, u: Tensor, x: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class Recurrence(nn.Module, ABC):
         u = u.to(self.D.dtype)
         if not u.numel():
             return u.new_zeros(*u.shape[:2], len(self.D)), x
-        with _without_autocast(u):
+        with without_autocast(u):
             if length == 1:  # needs no tables
                 y, x = own._step(u[:, 0], x)
                 return y[:, None], x

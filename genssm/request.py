@@ -58,7 +58,7 @@ class Request:
     min_p: float | None = None
     plausible: float | None = None
     repetition_penalty: float | None = None
-    stop: tuple[str, ...] = ()  # strings before which a text ends
+    stop: tuple[str, ...] | list[str] = ()  # strings before which a text ends; kept as a tuple
     seed: int | None = None  # a fresh one
     guidance: float | None = None  # logits are any + guidance·(class - any); 1 is the model itself
     rank: int = 1  # draw so many for each sample and keep the best of them

@@ -1,5 +1,6 @@
 """Settings as frozen dataclasses whose fields hold what their annotations say."""
 
+import numbers
 import types
 import typing
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 def check_types(settings: Any) -> None:
     """Check every field of a dataclass against its annotation; lists (from JSON) become tuples.
 
+    Numbers of numpy become Python's.
     Knows int, float (an int will do), str, bool, None, tuples of these, unions and dicts by name.
     Raises ValueError that names the field, the type and the value.
     """
@@ -18,7 +20,11 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(value, list):
             value = tuple(value)
-            object.__setattr__(settings, field.name, value)
+        elif hasattr(value, "dtype") and isinstance(value, numbers.Integral):
+            value = int(value)
+        elif hasattr(value, "dtype") and isinstance(value, numbers.Real):
+            value = float(value)
+        object.__setattr__(settings, field.name, value)
         check_type(field.name, value, hints[field.name])
 
 
@@ -39,6 +45,8 @@ def _fits(value: Any, kind: Any) -> bool:
         if arguments[-1] is Ellipsis:
             return all(_fits(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
     if origin is Sequence:
         return isinstance(value, list | tuple) and all(_fits(v, arguments[0]) for v in value)
     if origin is dict:

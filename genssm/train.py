@@ -148,6 +148,7 @@ def _begin(
         raise ValueError(f"{str(out)!r} holds no training to resume")
     if resume and start is not None:
         raise ValueError("a resumed training goes on from its own weights, not from a checkpoint")
+    checkpoints.check_replaceable(out / _CHECKPOINT)
     if resume:  # before anything in ``out``, such as the tokenizer, is made anew
         training_state.check(out, recipe)
     return None if start is None else checkpoints.load(start)

@@ -49,6 +49,25 @@ def test_processes_share_the_samples_of_one(
     assert len(set(one.values())) == 10
 
 
+def test_a_folder_has_one_rate(make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path):
+    pipe = Pipeline("small", make_checkpoint("audio"), engine="eager")
+    request = Request(count=2, seed=5, max_tokens=6)
+    assert sample_to_folder(pipe, tmp_path / "out", request, None) == 2
+    with pytest.raises(ValueError, match="another model, prompt, seed or setting"):
+        sample_to_folder(pipe.at_rate(0.5), tmp_path / "out", replace(request, count=4), None)
+
+
+def test_what_cannot_be_drawn_takes_no_folder(pipes: dict[str, Pipeline], tmp_path: Path):
+    with pytest.raises(ValueError, match="guidance needs a model with classes"):
+        sample_to_folder(pipes["text"], tmp_path / "out", replace(REQUEST, guidance=2.0), None)
+    for rank, processes in ((0, 0), (2, 2), (-1, 1)):
+        with pytest.raises(ValueError, match="rank must lie in"):
+            sample_to_folder(
+                pipes["text"], tmp_path / "out", REQUEST, None, rank=rank, processes=processes
+            )
+    assert not (tmp_path / "out").exists()
+
+
 def test_each_file_is_the_sample_of_its_index_with_its_recipe(
     pipes: dict[str, Pipeline], tmp_path: Path
 ):

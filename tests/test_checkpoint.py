@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights of another width": (edited(lambda c: c["model"].update(d_model=[16])), "do not fit"),
     "weights not finite": (reweighted(poison), "not finite"),
+    "weights complex": (
+        reweighted(lambda t: t.update({"norm.weight": t["norm.weight"] + 0j})),
+        "not finite",
+    ),
+    "config too deep": (
+        lambda folder: (folder / "config.json").write_text("[" * 200_000),
+        "not readable JSON",
+    ),
 }
 
 
@@ -311,12 +320,78 @@ def test_failed_save_leaves_the_old_checkpoint_and_nothing_else(
 
 
 def test_new_checkpoint_replaces_the_old_one_whole(saved: Path, make_checkpoint: MakeCheckpoint):
-    (saved / "notes.txt").write_text("of the old one")
+    (saved / "tokenizer.model").write_text("of the old one")
     (saved.parent / "model.previous").mkdir()  # left by a save that was killed
     checkpoints.save(make_checkpoint("image"), saved)
     assert names(saved.parent) == ["model"]
     assert names(saved) == ["config.json", "model.safetensors"]
     assert isinstance(checkpoints.load(saved).codec, Image)
+
+
+@pytest.mark.parametrize("place", ["model", "model.previous"])
+def test_a_save_takes_the_place_of_nothing_else(
+    place: str, saved: Path, make_checkpoint: MakeCheckpoint
+):
+    (saved.parent / place).mkdir(exist_ok=True)
+    (saved.parent / place / "thesis.tex").write_text("years of work")
+    before = contents(saved)
+    with pytest.raises(FileExistsError, match=r"first 'thesis\.tex', which would be lost"):
+        checkpoints.save(make_checkpoint("image"), saved)
+    assert (saved.parent / place / "thesis.tex").read_text() == "years of work"
+    assert contents(saved) == before
+    (saved.parent / "file").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is no folder"):
+        checkpoints.save(make_checkpoint("image"), saved.parent / "file")
+
+
+def test_a_save_through_a_link_goes_where_it_leads(saved: Path, make_checkpoint: MakeCheckpoint):
+    link = saved.parent / "link"
+    link.symlink_to(saved)
+    for _ in range(2):
+        assert checkpoints.save(make_checkpoint("image"), link) == link
+    assert link.is_symlink()
+    assert names(saved.parent) == ["link", "model"]
+    assert isinstance(checkpoints.load(saved).codec, Image)
+
+
+def test_a_path_is_a_folder_whatever_is_shipped(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint folder 'wiki'"):
+        checkpoints.load(Path("wiki"))
+    checkpoints.save(make_checkpoint("image"), Path("wiki"))
+    assert isinstance(checkpoints.load(Path("wiki")).codec, Image)
+    assert not isinstance(checkpoints.load("wiki").codec, Image)
+
+
+def test_files_are_as_private_as_the_user_wants(make_checkpoint: MakeCheckpoint, tmp_path: Path):
+    before = os.umask(0o077)
+    try:
+        checkpoints.save(make_checkpoint("image"), tmp_path / "own")
+    finally:
+        os.umask(before)
+    modes = [p.stat().st_mode & 0o777 for p in ((tmp_path / "own"), *(tmp_path / "own").iterdir())]
+    assert modes == [0o700, 0o600, 0o600]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loading_heeds_neither_default_dtype_nor_device_nor_changes_the_seed(
+    dtype: torch.dtype, saved: Path
+):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        loaded = checkpoints.load(saved)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    kinds = {(p.dtype, p.device.type) for p in loaded.model.parameters()}
+    assert kinds == {(torch.float32, "cpu")}
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_saving_reads_but_does_not_change_the_model(

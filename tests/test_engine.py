@@ -85,6 +85,36 @@ def test_finished_samples_leave_without_a_trace(make_model: MakeModel) -> None:
     assert generation.step() == []
 
 
+@pytest.mark.parametrize("weights", ["eager", "fp32"])
+def test_samples_leave_with_what_they_have_said(weights: str, make_model: MakeModel) -> None:
+    """A repetition penalty goes by a sample's own tokens, also when others have left."""
+    recurrent = to_recurrent(make_model("isotropic", d_model=(32,)))
+    engine, kind = ("eager", "fp32") if weights == "eager" else ("cpu", weights)
+    stepper, start = choose(recurrent, engine, kind), read(recurrent, PROMPT)
+    config = SamplingConfig(repetition_penalty=5.0)
+    complete = drawn(begin(stepper, start, config, seed=2, indices=range(3)), 40)
+    generation = begin(stepper, start, config, seed=2, indices=range(3))
+    first = drawn(generation, 9)
+    generation.finish({0})
+    rest = drawn(generation, 31)
+    for i in (1, 2):
+        assert first[i] + rest[i] == complete[i]
+
+
+@pytest.mark.parametrize("weights", ["eager", "fp32"])
+def test_the_start_of_a_text_is_no_repeated_end(weights: str, make_model: MakeModel) -> None:
+    recurrent = to_recurrent(make_model("isotropic"))
+    engine, kind = ("eager", "fp32") if weights == "eager" else ("cpu", weights)
+    start = read(recurrent, torch.tensor([19, 3]))
+    start.logits[:] = 0
+    start.logits[:, [5, 19]] = torch.tensor([30.0, 40.0])
+    generation = begin(
+        choose(recurrent, engine, kind), start,
+        SamplingConfig(temperature=0, repetition_penalty=10), seed=0, indices=[0],
+    )  # fmt: skip
+    assert generation.step()[0].token == 19
+
+
 def test_guided_samples_leave_without_a_trace(make_model: MakeModel) -> None:
     recurrent = to_recurrent(make_model("pooled", d_model=WIDTHS["pooled"]))
     streams = [read(recurrent, PROMPT), read(recurrent, torch.tensor([21, 3, 1, 4]))]

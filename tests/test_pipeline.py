@@ -1,6 +1,10 @@
 """The Python face, on small untrained models of each modality."""
 
+import copy
+import gc
 import json
+import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -687,3 +691,65 @@ def test_a_state_may_end_within_a_character(
     whole = codec.decode(begun.tokens[: codec.whole(begun.tokens)])
     assert whole + "".join(pieces) == session.samples()[0].raw
     assert session.samples()[0].raw == ("The 🦖" if stop else "The 🦖§ of")
+
+
+def test_copies_sample_the_same(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["audio"]
+    expected = pipe.at_rate(0.5).sample("two", max_tokens=20, seed=1)[0].tokens
+    for twin in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert twin.at_rate(0.5).sample("two", max_tokens=20, seed=1)[0].tokens == expected
+        assert twin.at_rate(0.5).at_rate(1.0) is twin
+
+
+def test_a_model_is_freed_with_its_pipeline(make_checkpoint: Callable[[str], Checkpoint]) -> None:
+    pipe = Pipeline("small", make_checkpoint("audio"))
+    kept = weakref.ref(pipe)
+    half = pipe.at_rate(0.5)
+    pipe.sample("two", max_tokens=2)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipe
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert half.at_rate(0.5) is half
+    assert half.at_rate(1.0).sample("two", max_tokens=2)
+
+
+@pytest.mark.parametrize("modality", ["text", "image", "audio"])
+def test_autocast_changes_neither_samples_nor_scores(
+    modality: str, pipes: dict[str, Pipeline], examples: dict[str, list[Any]]
+) -> None:
+    pipe, raw = pipes[modality], examples[modality][0]
+    for engine in ("eager", "cpu"):
+        pipe = Pipeline("small", pipe.checkpoint, engine=engine)
+        sample, score = pipe.sample(raw, max_tokens=8, seed=1)[0], pipe.score(raw)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = pipe.sample(raw, max_tokens=8, seed=1)[0]
+            assert (again.tokens, again.token_bits) == (sample.tokens, sample.token_bits)
+            assert pipe.score(raw) == score
+
+
+def test_samples_are_compared_as_what_they_are(pipes: dict[str, Pipeline]) -> None:
+    first, second = (pipes["image"].sample("cat", max_tokens=2, seed=1)[0] for _ in range(2))
+    assert first != second
+    assert first in [second, first]
+    assert len({first, second}) == 2
+
+
+def test_ranking_begins_at_the_first(pipes: dict[str, Pipeline]) -> None:
+    settings: dict[str, Any] = {"max_tokens": 6, "seed": 3, "rank": 3}
+    together = pipes["text"].sample("a", count=4, **settings)
+    apart = pipes["text"].sample("a", count=2, first=2, **settings)
+    assert [s.index for s in apart] == [s.index for s in together[2:]]
+
+
+def test_numbers_of_numpy_are_numbers(pipes: dict[str, Pipeline]) -> None:
+    sample = pipes["text"].sample(
+        "a", seed=np.int64(1), max_tokens=np.int32(3), temperature=np.float32(0.5)
+    )[0]
+    assert (
+        sample.tokens == pipes["text"].sample("a", seed=1, max_tokens=3, temperature=0.5)[0].tokens
+    )
+    json.dumps(pipes["text"].recipe([sample]).to_json())  # type: ignore[union-attr]

@@ -1,5 +1,6 @@
 """State files: small, exact, tied to their checkpoint, and checked when read."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import genssm
 from genssm import states
 from genssm.checkpoint import Checkpoint, content_hash, save
-from genssm.codec import Audio, Codec, Image
+from genssm.codec import Audio, Codec, Image, Text
 from genssm.engine import Reading, read
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
@@ -116,6 +117,37 @@ def test_the_content_hash_is_that_of_what_decides_samples(pipe: Pipeline) -> Non
     assert content_hash(measured) == content_hash(checkpoint)
     relabelled = Checkpoint(checkpoint.model, Audio(8000, labels=("two", "one")))
     assert content_hash(relabelled) != content_hash(checkpoint)
+    finer = copy.deepcopy(checkpoint.model)
+    with torch.no_grad():  # by less than a checkpoint keeps
+        next(p for n, p in finer.named_parameters() if n.endswith("up.weight")).mul_(1 + 1e-4)
+    assert content_hash(Checkpoint(finer, checkpoint.codec)) != content_hash(checkpoint)
+
+
+def test_the_content_hash_tells_tokenizers_apart(
+    make_checkpoint: Callable[[str], Checkpoint], text_codec: Text
+) -> None:
+    checkpoint = make_checkpoint("text")
+    other = Text.train(Path(states.__file__).read_text().splitlines(), 400)
+    assert other.vocab_size == text_codec.vocab_size
+    assert content_hash(Checkpoint(checkpoint.model, other)) != content_hash(checkpoint)
+
+
+def test_states_of_other_models_are_refused(
+    pipe: Pipeline, make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    own, half = pipe.read("two"), pipe.at_rate(0.5)
+    foreign = Pipeline("image", make_checkpoint("image")).read()
+    session = pipe.start("two", max_tokens=3, seed=0)
+    session.run()
+    for state in (own, session.reading(), foreign):
+        with pytest.raises(StateError, match="continue it there"):
+            half.sample(state=state)
+        with pytest.raises(StateError, match="continue it there"):
+            half.save_state(state, tmp_path / "a.state")
+    with pytest.raises(StateError, match="the state is of another model"):
+        pipe.start(state=foreign)
+    assert not (tmp_path / "a.state").exists()
+    assert pipe.sample(state=session.reading(), max_tokens=2, seed=0)
 
 
 def test_damaged_and_foreign_files_are_refused(pipe: Pipeline, tmp_path: Path) -> None:

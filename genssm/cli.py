@@ -167,7 +167,7 @@ def sample(
     temperature: Annotated[
         float | None,
         typer.Option(
-            min=0, help="0 is greedy, 1 is the model itself (text 0.8, pictures 0.92, sound 0.9)."
+            min=0, help="0 is greedy, 1 is the model itself (text 0.8, pictures 0.95, sound 0.9)."
         ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest.")] = None,

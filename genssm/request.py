@@ -11,7 +11,7 @@ from genssm.settings import check_types
 # Settings that make good samples; the likelihood itself is at temperature 1 without filters.
 DEFAULTS = {
     "text": SamplingConfig(temperature=0.8, top_p=0.95),
-    "image": SamplingConfig(temperature=0.92),  # at 1, errors add up: noisier than the data
+    "image": SamplingConfig(temperature=0.95),  # at 1, errors add up: noisier than the data
     "audio": SamplingConfig(plausible=0.15, temperature=0.9),
 }
 GUIDANCE = {"text": 1.0, "image": 5.0, "audio": 5.0}  # by the class, where one is asked for

@@ -665,7 +665,7 @@ def evaluate(
     if record is not None:
         kept = {k: v for k, v in facts.items() if k not in ("bits", "tokens", "units")}
         if isinstance(value := kept.get("value"), float):
-            kept["value"] = round(value, 4)
+            kept["value"] = round(value, 6)  # it is rounded again where it is shown
         record_metric(name, record, kept)
     if as_json:
         sys.stdout.write(json.dumps({"model": name, "rate": rate, **facts}) + "\n")

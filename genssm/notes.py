@@ -71,18 +71,19 @@ def _find_in_png(file: IO[bytes]) -> bytes | None:
 
 
 def _find_in_wav(file: IO[bytes]) -> bytes | None:
+    """The last note, which was added last."""
+    found = None
     for _ in range(_MOST_CHUNKS):
         head = file.read(8)
         if len(head) < 8:
-            return None
+            return found
         (size,) = struct.unpack("<I", head[4:])
         start = file.tell()
         if head[:4] == b"LIST" and file.read(4) == b"INFO":
             comment = _comment(_bounded(file, size - 4))
-            if comment is not None:
-                return comment
+            found = found if comment is None else comment
         file.seek(start + size + size % 2)
-    return None
+    return found
 
 
 def _comment(info: bytes) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -155,6 +156,7 @@ class Session:
         self.codec, self.plan = codec, plan
         self._model, self._start, self._snapshot_every = model, start, snapshot_every
         self._owner = owner
+        self._untold: deque[tuple[int, Raw]] = deque()  # pieces of a step that were not asked for
         self._snapshots: list[Snapshot] = []
         self.started = time.perf_counter()
         self.seconds = 0.0
@@ -192,12 +194,16 @@ class Session:
         return self._generation
 
     def __iter__(self) -> Iterator[tuple[int, Raw]]:
-        while self._generation.active:
-            yield from self._step()
+        while self._untold or self._generation.active:
+            if not self._untold:
+                self._untold.extend(self._step())
+            while self._untold:  # whoever stops in the middle of a step gets its rest later
+                yield self._untold.popleft()
 
     def ready(self) -> list[tuple[int, Raw]]:
         """The pieces of the next step and of all that are drawn already."""
-        pieces = self._step()
+        pieces = [*self._untold, *self._step()]
+        self._untold.clear()
         while self._generation.active and self._generation.ahead:
             pieces += self._step()
         return pieces

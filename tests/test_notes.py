@@ -43,6 +43,13 @@ def test_a_wav_keeps_its_samples_and_its_note(note: str, tmp_path: Path) -> None
     assert find(tmp_path / "a.wav") == note.encode()
 
 
+@pytest.mark.parametrize("kind", ["png", "wav"])
+def test_the_note_that_was_added_last_is_found(kind: str, tmp_path: Path) -> None:
+    content = png(PICTURE) if kind == "png" else sound(WAVE, 8000, "wav")
+    (tmp_path / "a").write_bytes(add(add(content, "first"), "second"))
+    assert find(tmp_path / "a") == b"second"
+
+
 def test_files_without_a_note_have_none(tmp_path: Path) -> None:
     flac = sound(WAVE, 8000, "flac")
     assert add(flac, "{}") == flac

@@ -753,3 +753,14 @@ def test_numbers_of_numpy_are_numbers(pipes: dict[str, Pipeline]) -> None:
         sample.tokens == pipes["text"].sample("a", seed=1, max_tokens=3, temperature=0.5)[0].tokens
     )
     json.dumps(pipes["text"].recipe([sample]).to_json())  # type: ignore[union-attr]
+
+
+def test_whoever_stops_within_a_step_loses_no_piece(pipes: dict[str, Pipeline]) -> None:
+    settings: dict[str, Any] = {"count": 3, "max_tokens": 12, "seed": 3}
+    whole = list(pipes["image"].start("cat", **settings))
+    session, pieces = pipes["image"].start("cat", **settings), []
+    while piece := next(iter(session), None):  # begun anew for every piece
+        pieces.append(piece)
+    assert [sample for sample, _ in pieces] == [sample for sample, _ in whole]
+    for (_, row), (_, expected) in zip(pieces, whole, strict=True):
+        np.testing.assert_array_equal(row, expected)

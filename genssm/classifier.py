@@ -84,6 +84,10 @@ class Classifier(nn.Module):
 
         Sounds are heard one by one, so that no company lengthens them.
         """
+        if not len(raws):
+            raise ValueError("there is nothing to judge; give at least one picture or sound")
+        if isinstance(self.codec, Audio):
+            raws = [self.codec.waveform(raw) for raw in raws]
         self.eval()
         size = 1 if isinstance(self.codec, Audio) else _BATCH
         parts = [self.features(self.prepare(raws[i : i + size]))

@@ -70,6 +70,11 @@ def test_it_judges_a_sound_alone_and_among_others():
     assert probabilities.shape == (3, len(AUDIO.classes))
     for i, raw in enumerate(raws):
         torch.testing.assert_close(model.judge([raw])[0][0], features[i])
+    others = [raws[0].astype(np.float64), np.round(raws[0] * 32768).clip(-32768, 32767)]
+    for other in (others[0], others[1].astype(np.int16)):
+        torch.testing.assert_close(model.judge([other])[0][0], features[0], rtol=0.05, atol=0.01)
+    with pytest.raises(ValueError, match="nothing to judge"):
+        model.judge([])
 
 
 def test_parts_of_a_class_count_as_the_class():

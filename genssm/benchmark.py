@@ -276,7 +276,7 @@ def measure_reading(layer: str, length: int, device: str, repeats: int = 3) -> S
 def measure_difference(kind: str, N: int, dtype: torch.dtype, L: int, seeds: int = 3) -> Difference:
     """Read L positions in parallel; read all but the last 256, and step those.
 
-    The worst of some layers and inputs, each convolved as in training.
+    The worst of some layers and inputs, each convolved as where no gradient is needed.
     """
     pairs = [_differences(kind, N, dtype, L, seed) for seed in range(seeds)]
     prefill, step = map(max, zip(*pairs, strict=True))

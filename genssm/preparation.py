@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
 from genssm.checkpoint import Checkpoint, replace_file
-from genssm.codec import Audio, Codec, Image, Text
+from genssm.codec import Audio, Codec, Image, Text, codec_from_config
 from genssm.data import Example, open_picture_array
 from genssm.layers import S4
 from genssm.model import ModelConfig, SequenceModel
 from genssm.recipes import Recipe
-from genssm.settings import check_type
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
 
@@ -66,11 +64,9 @@ def build_codec(recipe: Recipe) -> Image | Audio:
     """The codec of a recipe of pictures or sound. Raises ValueError for text, which must learn."""
     if recipe.modality == "text":
         raise ValueError("the codec of text is learned from it; this needs pictures or sound")
-    kind = Image if recipe.modality == "image" else Audio
-    types = get_type_hints(kind.__init__)
-    for name, value in recipe.codec.items():
-        check_type(name, value, types[name])
-    return kind(**recipe.codec)
+    codec = codec_from_config({"kind": recipe.modality, **recipe.codec})
+    assert isinstance(codec, Image | Audio)
+    return codec
 
 
 def _batches(

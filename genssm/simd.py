@@ -25,10 +25,10 @@ from genssm.recall import FACTOR, MASK
 LANES = 16  # floats in a vector
 PANEL = 32  # outputs of a linear map that are computed together: two vectors
 
-# Weights of a linear map, by kind: bytes of one input's weights in a panel. DIGITS holds those of
-# INT8 for processors that multiply bytes; see ``quantize``.
-FP32, BF16, INT8, DIGITS = 0, 1, 2, 3
-PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32}
+# Weights of a linear map, by kind: bytes of one input's weights in a panel. DIGITS and PAIRS hold
+# those of INT8 for processors that sum products of whole numbers; see ``quantize``.
+FP32, BF16, INT8, DIGITS, PAIRS = 0, 1, 2, 3, 4
+PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32, PAIRS: 32}
 
 # Operations, and the columns of the program that hold their arguments.
 EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
@@ -82,6 +82,13 @@ def multiplies_bytes() -> bool:
     return compiles_for("avx512vnni" if compiles_for("avx512f") else "avxvnni")
 
 
+def int8_kind() -> int:
+    """How int8 weights meet activations fastest: as DIGITS, PAIRS or, converted to floats, INT8."""
+    if multiplies_bytes():
+        return DIGITS
+    return PAIRS if compiles_for("avx2") else INT8
+
+
 def panels_abreast() -> int:
     """Panels whose sums fit the registers, with weights and a value: those of AVX-512 hold four.
 
@@ -114,9 +121,11 @@ def _load(builder: Any, pointer: Any, index: Any, kind: Any) -> Any:
     return builder.load(address, align=4 if kind is not _BYTES else 1)
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), _words(0))
+def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    mask = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, mask)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -468,6 +477,56 @@ def _sums_of_digits(
     return result
 
 
+def _sums_of_pairs(
+    builder: Any, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
+) -> list[Any]:
+    """``_sums`` of the rows that ``quantize`` makes of 16-bit numbers, summed exactly.
+
+    A word has the weights of four inputs of an output. The first and the third meet their inputs
+    in one instruction, the second and the fourth in another.
+    """
+    size = _I64(4 * PANEL_BYTES[PAIRS])
+    words, pair = ir.VectorType(_I32, LANES // 2), ir.VectorType(ir.IntType(16), LANES)
+    byte = ir.Constant(pair, [8] * LANES)
+
+    def body(group: Any, sums: list[Any]) -> list[Any]:
+        factors = []
+        for row in range(rows):
+            place = builder.add(builder.mul(stride, _I64(row)), builder.mul(group, _I64(2)))
+            for which in range(2):
+                word = builder.load(builder.gep(x, [builder.add(place, _I64(which))]))
+                factors.append(builder.bitcast(_splat(builder, word, LANES // 2), pair))
+        result = []
+        for panel in range(panels):
+            skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(PANEL_BYTES[PAIRS]))
+            address = builder.gep(matrix, [builder.add(skipped, builder.mul(group, size))])
+            parts = [_load(builder, address, _I64(32 * part), pair) for part in range(4)]
+            weights = [
+                (builder.ashr(builder.shl(part, byte), byte), builder.ashr(part, byte))
+                for part in parts
+            ]
+            for row in range(rows):
+                for halves in weights:
+                    value = sums[len(result)]
+                    for factor, half in zip(factors[2 * row : 2 * row + 2], halves, strict=True):
+                        products = _call(builder, "llvm.x86.avx2.pmadd.wd", words, half, factor)
+                        value = builder.add(value, products)
+                    result.append(value)
+        return result
+
+    start = [ir.Constant(words, [0] * (LANES // 2))] * (panels * rows * 4)
+    sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
+    whole = ir.Constant(_WORDS, list(range(LANES)))
+    result = []
+    for first, second in zip(sums, sums, strict=True):
+        row = len(result) // 2 % rows
+        place = builder.add(builder.mul(stride, _I64(row)), inputs)
+        unit = _splat(builder, builder.load(builder.gep(x, [place])))
+        total = builder.sitofp(builder.shuffle_vector(first, second, whole), _VECTOR)
+        result.append(builder.fmul(total, unit))
+    return result
+
+
 def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
     """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
     matrix, x, stride, inputs, y, outputs, table = places
@@ -480,6 +539,8 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
                 builder, halves, rows, panels, matrix, x, stride, inputs, offsets
             )
         ]
+    elif kind == PAIRS:
+        found = _sums_of_pairs(builder, rows, panels, matrix, x, stride, inputs)
     else:
         found = _sums(builder, kind, rows, panels, matrix, x, stride, inputs)
     sums = iter(found)
@@ -497,10 +558,11 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 # Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
 # sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
 # 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
+# The sums of pairs for two tiles of one row and one panel are as many registers of AVX2.
 TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
-DIGITS_ABREAST = 4 if compiles_for("avx512vnni") else 1
+DIGITS_ABREAST, PAIRS_ABREAST = 4 if compiles_for("avx512vnni") else 1, 2
 HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))
-KINDS = (FP32, BF16, INT8, DIGITS) if multiplies_bytes() else (FP32, BF16, INT8)
+KINDS = sorted({FP32, BF16, INT8, int8_kind()})
 
 
 @intrinsic
@@ -527,7 +589,8 @@ def tile(
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
                 for chosen in KINDS:
-                    if chosen == DIGITS and size[0] * size[1] > DIGITS_ABREAST:
+                    most = {DIGITS: DIGITS_ABREAST, PAIRS: PAIRS_ABREAST}.get(chosen, 8)
+                    if size[0] * size[1] > most:
                         continue
                     with builder.if_then(builder.icmp_signed("==", kind, _I64(chosen))):
                         _tile(builder, chosen, *size, *places)
@@ -559,23 +622,53 @@ def store_digits(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.intp, vector), generate
 
 
-@njit(**_OPTIONS)
-def quantize(work, source, size, target):
-    """A row as whole multiples of its unit, 2^-23 of its largest magnitude, and behind it the unit.
+@intrinsic
+def store_pairs(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """16 whole numbers in -2^15 … 2^15 - 1 in 16 bits each.
 
-    As exact as float32 is for the largest value. The sums of products with int8 weights have no
-    rounding at all. What is no number makes the unit none.
+    Of every four the first and the third make a word, the second and the fourth the next.
     """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _data(context, builder, signature.args[0], arguments[0])
+        address = builder.gep(pointer, [arguments[1]])
+        shorts = ir.VectorType(ir.IntType(16), LANES)
+        numbers = builder.trunc(builder.fptosi(arguments[2], _WORDS), shorts)
+        order = [4 * four + i for four in range(4) for i in (0, 2, 1, 3)]
+        mask = ir.Constant(ir.VectorType(_I32, LANES), order)
+        pairs = builder.shuffle_vector(numbers, ir.Constant(shorts, ir.Undefined), mask)
+        builder.store(pairs, builder.bitcast(address, shorts.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@njit(**_OPTIONS)
+def quantize(kind, work, source, size, target):
+    """A row as whole multiples of its unit, a part of its largest magnitude; the unit lies behind.
+
+    The sums of products with int8 weights have no rounding at all. DIGITS: of 24 bits, as exact as
+    float32 is for the largest value. PAIRS: of 16 bits, or of as many as their sums have room for
+    (15 beyond 512 inputs), which is finer than int8 weights are by far. What is no number makes
+    the unit none.
+    """
+    limit = 2**23 - 2  # two less, so that rounding cannot reach 2^23
+    if kind == PAIRS:
+        limit = min(2**15 - 1, (2**31 - 1) // (127 * size))
     peak, invalid = splat(f32(0.0)), splat(f32(0.0))
     for i in range(0, size, LANES):
         x = load(work, source + i)
         peak = larger(peak, magnitude(x))
         invalid = fma(x, splat(f32(0.0)), invalid)
     most = max(largest(peak), f32(1e-30))
-    inverse = splat(f32(2**23 - 2) / most)  # two less, so that rounding cannot reach 2^23
+    inverse = splat(f32(limit) / most)
     for i in range(0, size, LANES):
-        store_digits(work, target + i, nearest(mul(load(work, source + i), inverse)))
-    work[target + size] = most * f32(1 / (2**23 - 2)) + total(invalid)
+        x = nearest(mul(load(work, source + i), inverse))
+        if kind == PAIRS:
+            store_pairs(work, target + i // 2, x)
+        else:
+            store_digits(work, target + i, x)
+    work[target + size] = most * f32(1 / limit) + total(invalid)
 
 
 @njit(**_OPTIONS)
@@ -593,10 +686,11 @@ def linear(
     """
     size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
     most, stride = (8 if abreast == 4 else 2), inputs
-    if kind == DIGITS:
-        stride, most, abreast = inputs + PANEL, DIGITS_ABREAST, DIGITS_ABREAST
+    if kind in (DIGITS, PAIRS):
+        abreast = DIGITS_ABREAST if kind == DIGITS else PAIRS_ABREAST
+        stride, most = inputs + PANEL, abreast
         for row in range(batch):
-            quantize(work, x + row * inputs, inputs, digits + row * stride)
+            quantize(kind, work, x + row * inputs, inputs, digits + row * stride)
         x = digits
     end = finish // PANEL
     for first in range(begin // PANEL, end, 4):

@@ -231,13 +231,13 @@ def pad_parts(weight: Array, parts: tuple[int, int]) -> Array:
     return padded.reshape(parts[0] * _padded(outputs), parts[1] * _padded(inputs))
 
 
-def pack(weight: Array, kind: str, digits: bool = False) -> tuple[Array, list[Array]]:
+def pack(weight: Array, kind: str, fours: bool = False) -> tuple[Array, list[Array]]:
     """A matrix (O, I), O a multiple of 32 → panels of 32 outputs as bytes, and constants (O,).
 
     The constants are the scales of the rows. bf16: rounded to the nearest; word j holds outputs j
     (low half) and j + 16 of a panel. int8: each row over its scale, which is its largest magnitude
-    over 127. ``digits`` is int8 for ``simd.quantize``: four inputs of an output lie together, and
-    the second constant takes the 128 from the highest digits again.
+    over 127. ``fours`` is int8 for ``simd.quantize``: four inputs of an output lie together, and
+    the second constant takes the 128 from the highest digits again, where there are digits.
     """
     scale = np.ones(len(weight), np.float32)
     if kind == "int8":
@@ -247,7 +247,7 @@ def pack(weight: Array, kind: str, digits: bool = False) -> tuple[Array, list[Ar
             weight = np.rint(weight / scale[:, None]).astype(np.int8)
     constants = [scale]
     panels = weight.reshape(-1, 32, weight.shape[1]).swapaxes(1, 2)  # (panels, I, 32)
-    if digits:
+    if fours:
         constants.append((-128 * weight.sum(1, dtype=np.int32)).view(np.float32))
         panels = panels.reshape(len(panels), -1, 4, 32).swapaxes(2, 3)
     if kind == "bf16":
@@ -263,7 +263,7 @@ class _Program:
 
     simd: Any
     kind: str
-    digits: bool  # int8 weights meet digits of the activations
+    fours: bool  # int8 weights meet whole numbers: see ``pack``
     size: int = 0  # floats a row of the batch needs
     lines: list[list[int]] = field(default_factory=list)
     constants: list[Array] = field(default_factory=list)
@@ -321,7 +321,7 @@ class _Program:
         for weight in weights:
             padded = pad_parts(weight, parts)
             width, inputs = padded.shape
-            packed, constants = pack(padded, self.kind, self.digits)
+            packed, constants = pack(padded, self.kind, self.fours)
             self.matrices.append(packed)
             self.n_bytes += packed.size
             blocks = bias.reshape(parts[0], -1)
@@ -578,13 +578,14 @@ class CompiledModel:
         self._abreast = self._simd.panels_abreast()
         self._paces: dict[int, Pace] = {}  # by rows of a batch
         self._thread = threading.local()  # room of each thread that steps
-        self._build(digits=weights == "int8" and self._simd.multiplies_bytes())
+        self._build()
 
-    def _build(self, digits: bool) -> None:
+    def _build(self) -> None:
         simd = self._simd
-        kinds = {"fp32": simd.FP32, "bf16": simd.BF16, "int8": simd.INT8}
-        self._kind = simd.DIGITS if digits else kinds[self.weights]
-        program, d_model = _Program(simd, self.weights, digits), self.config.d_model
+        kinds = {"fp32": simd.FP32, "bf16": simd.BF16, "int8": simd.int8_kind()}
+        self._kind = kinds[self.weights]
+        fours = self._kind in (simd.DIGITS, simd.PAIRS)
+        program, d_model = _Program(simd, self.weights, fours), self.config.d_model
         widest = _padded(max(d_model))
         x = program.reserve(d_model[0])
         room = (

@@ -100,7 +100,7 @@ def test_steps_equal_the_eager_ones(
 def test_code_for_lesser_processors_steps_alike(
     name: str, features: str, weights: str, tmp_path: Path
 ) -> None:
-    """Two tests of this file, compiled for processors without what this one may have."""
+    """Tests of this file, compiled for processors without what this one may have."""
     if "avxvnni" in features and not get_host_cpu_features().get("avxvnni"):
         pytest.skip("this processor has no AVX-VNNI")
     told = {
@@ -108,7 +108,11 @@ def test_code_for_lesser_processors_steps_alike(
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    tests = (test_steps_equal_the_eager_ones, test_a_row_does_not_depend_on_its_company)
+    tests = (
+        test_steps_equal_the_eager_ones,
+        test_a_row_does_not_depend_on_its_company,
+        test_int8_by_whole_numbers_gives_what_floats_give,
+    )
     named = [f"{__file__}::{test.__name__}" for test in tests]
     command = [sys.executable, "-m", "pytest", "-q", *named, "-k", weights]
     run = subprocess.run(
@@ -122,18 +126,20 @@ def test_code_for_lesser_processors_steps_alike(
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("NUMBA_CPU_NAME", "generic", "1 False"),
-        ("NUMBA_CPU_FEATURES", "+avx2", "2 False"),
-        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni", "2 True"),
-        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni,+avx512f", "4 False"),
-        ("NUMBA_ENABLE_AVX", "0", "1 False"),
+        ("NUMBA_CPU_NAME", "generic", "1 INT8"),
+        ("NUMBA_CPU_FEATURES", "+avx", "1 INT8"),
+        ("NUMBA_CPU_FEATURES", "+avx2", "2 PAIRS"),
+        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni", "2 DIGITS"),
+        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni,+avx512f", "4 PAIRS"),
+        ("NUMBA_ENABLE_AVX", "0", "1 INT8"),
     ],
 )
 def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, expected: str) -> None:
     """An instruction that it does not compile for ends the process."""
     code = (
         "from genssm.stepper import load_kernels; simd = load_kernels()\n"
-        "print(simd.panels_abreast(), simd.DIGITS in simd.KINDS)"
+        "names = {getattr(simd, name): name for name in ('INT8', 'DIGITS', 'PAIRS')}\n"
+        "print(simd.panels_abreast(), names[max(simd.KINDS)])"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True,
@@ -143,43 +149,62 @@ def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, expected
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "image"])
-def test_digits_give_what_floats_give(
+def test_int8_by_whole_numbers_gives_what_floats_give(
     make_model: MakeModel, assert_near: AssertNear, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 weights times float32 activations, by products of bytes and by products of floats."""
+    """int8 weights times activations, by products of whole numbers and by products of floats."""
     simd = load_kernels()
-    if not simd.multiplies_bytes():
-        pytest.skip("this processor cannot sum products of bytes (VNNI)")
+    whole = simd.int8_kind()
+    if whole == simd.INT8:
+        pytest.skip("this processor has neither VNNI nor AVX2")
     model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
-    by_bytes = CompiledModel(model, "int8")
-    monkeypatch.setattr(simd, "multiplies_bytes", lambda: False)
+    by_numbers = CompiledModel(model, "int8")
+    monkeypatch.setattr(simd, "int8_kind", lambda: simd.INT8)
     by_floats = CompiledModel(model, "int8")
-    assert (by_bytes._kind, by_floats._kind) == (simd.DIGITS, simd.INT8)
+    assert (by_numbers._kind, by_floats._kind) == (whole, simd.INT8)
     _, state, tokens = start(model, 5)
-    memories = [compiled.load(state) for compiled in (by_bytes, by_floats)]
+    memories = [compiled.load(state) for compiled in (by_numbers, by_floats)]
+    tolerance = {simd.DIGITS: 2e-6, simd.PAIRS: 2e-4}[whole]
     for token in tokens:
-        actual = by_bytes.step(token, memories[0])
-        assert_near(actual, by_floats.step(token, memories[1]), 2e-6)
+        actual = by_numbers.step(token, memories[0])
+        assert_near(actual, by_floats.step(token, memories[1]), tolerance)
+
+
+def whole_numbers(work: np.ndarray, kind: str, size: int) -> np.ndarray:
+    """What ``quantize`` left at ``size``, behind the ``size`` floats that it read."""
+    if kind == "DIGITS":
+        digits = work[size : 2 * size].view(np.uint8).reshape(-1, 4, 4).astype(np.int64)
+        assert (digits[:, 3] == 0).all()  # fours, digit, number
+        return ((digits[:, 2] - 128) * 65536 + digits[:, 1] * 256 + digits[:, 0]).reshape(-1)
+    pairs = work[size : size + size // 2].view(np.int16).reshape(-1, 2, 2)  # fours, pair, number
+    return pairs.swapaxes(1, 2).reshape(-1).astype(np.int64)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-20, 1.0, 1e20, 3e38])
-def test_digits_keep_numbers_of_every_magnitude(magnitude: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size", "finer"),  # the error, in parts of the largest magnitude
+    [("DIGITS", 64, 2**22), ("PAIRS", 64, 65_000), ("PAIRS", 512, 65_000), ("PAIRS", 1024, 32_900)],
+)
+def test_whole_numbers_keep_floats_of_every_magnitude(
+    magnitude: float, kind: str, size: int, finer: int
+) -> None:
     simd = load_kernels()
-    x = np.random.default_rng(0).uniform(-1, 1, 64).astype(np.float32) * np.float32(magnitude)
-    work = np.concatenate([x, np.zeros(96, np.float32)])
-    simd.quantize(work, 0, 64, 64)
-    digits = work[64:128].view(np.uint8).reshape(16, 4, 4).astype(np.int64)  # fours, digit, number
-    whole = (digits[:, 2] - 128) * 65536 + digits[:, 1] * 256 + digits[:, 0]
-    assert (digits[:, 3] == 0).all()
-    error = np.abs(whole.reshape(-1) * float(work[128]) - x)
-    assert error.max() <= max(1e-30, np.abs(x).max()) * 2.0**-22
+    x = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32) * np.float32(magnitude)
+    work = np.concatenate([x, np.zeros(size + 32, np.float32)])
+    simd.quantize(getattr(simd, kind), work, 0, size, size)
+    whole = whole_numbers(work, kind, size)
+    error = np.abs(whole * float(work[2 * size]) - x)
+    assert error.max() <= max(1e-30, np.abs(x).max()) / finer
+    assert 127 * np.abs(whole).max() * size < 2**31 or kind == "DIGITS"  # the largest sum
 
 
+@pytest.mark.parametrize("kind", ["DIGITS", "PAIRS"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_digits_of_what_is_no_number_are_none(value: float) -> None:
+def test_whole_numbers_of_what_is_no_number_are_none(value: float, kind: str) -> None:
+    simd = load_kernels()
     work = np.zeros(96, np.float32)
     work[[3, 20]] = 1, value
-    load_kernels().quantize(work, 0, 32, 32)
+    simd.quantize(getattr(simd, kind), work, 0, 32, 32)
     assert np.isnan(work[64])
 
 
@@ -625,10 +650,10 @@ def test_packed_weights_are_those_that_were_given(kind: str) -> None:
     assert (np.abs(unpacked - expected) <= tolerance).all()
 
 
-def test_digits_are_packed_with_four_inputs_together() -> None:
+def test_whole_numbers_meet_weights_with_four_inputs_together() -> None:
     weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).numpy()
     plain, (scale,) = pack(weight, "int8")
-    packed, (same, offset) = pack(weight, "int8", digits=True)
+    packed, (same, offset) = pack(weight, "int8", fours=True)
     whole = plain.view(np.int8).reshape(2, 8, 32)
     fours = packed.view(np.int8).reshape(2, 2, 32, 4)
     np.testing.assert_array_equal(fours.swapaxes(2, 3).reshape(2, 8, 32), whole)

@@ -196,7 +196,7 @@ def sample(
     weights: Annotated[
         str,
         typer.Option(
-            help="bf16, fp32 (exact) or int8 (fastest with VNNI; cpu). The eager engine is exact."
+            help="bf16, fp32 (exact) or int8 (fastest on x86; cpu). The eager engine is exact."
         ),
     ] = "bf16",
     guidance: Annotated[

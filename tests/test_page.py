@@ -136,6 +136,14 @@ def written(page: Page) -> str:
     return page.locator("#write-page .page").inner_text()
 
 
+def reads(page: Page, text: str) -> None:
+    """Wait until this is what is written, and all of it."""
+    page.wait_for_function(
+        "(text) => document.querySelector('#write-page .page').innerText === text", arg=text
+    )
+    assert written(page) == text
+
+
 def finished(page: Page, tab: str) -> str:
     """Click, wait until all is drawn or spoken; the status line."""
     page.evaluate(f"document.querySelector('#{tab}-page .live').dataset.done = false")
@@ -175,20 +183,11 @@ def test_text_is_written_continued_and_repeated_by_its_seed(opened: Callable[...
     longer = written(page)
     assert longer.startswith(first.rstrip())
     page.click("#write-go")
-    page.wait_for_function(
-        "(length) => document.querySelector('#write-page .page').innerText.length <= length",
-        arg=len(first),
-    )
-    assert written(page) == first
+    reads(page, first)
     page.click("#write-more")
-    page.wait_for_function(
-        "(length) => document.querySelector('#write-page .page').innerText.length > length + 9",
-        arg=len(first),
-    )
-    assert written(page) == longer
+    reads(page, longer)
     page.click("#write-go")
-    ended(page, "write", f"seed {seed}")
-    assert written(page) == first
+    reads(page, first)
 
 
 def test_bits_appear_where_a_pointer_or_the_arrow_keys_are(opened: Callable[..., Page]) -> None:

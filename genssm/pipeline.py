@@ -317,7 +317,8 @@ class Pipeline:
     ``model`` (convolution), ``recurrent`` (the same map as a recurrence), ``codec``
     (raw ↔ tokens), ``config`` (the content of config.json), ``stepper`` (what draws samples:
     ``engine`` "eager", "cpu" (compiled), "auto", the faster of these, or "cuda", batches on a GPU;
-    ``weights`` "bf16", "fp32" or "int8", but for the eager one, and the last for "cpu" only).
+    ``weights`` "bf16", "fp32" or "int8", but for the eager one, and the last for "cpu" only, where
+    it is the faster of "int8-24" and "int8-16", by the bits of the activations).
     """
 
     def __init__(
@@ -408,7 +409,9 @@ class Pipeline:
         """
         if isinstance(self.stepper, RecurrentModel):
             return f"eager {EXACT}"
-        return self.engine_name if isinstance(self.stepper, CapturedModel) else self.weights
+        if isinstance(self.stepper, CapturedModel):
+            return self.engine_name
+        return self.stepper.stepped_weights
 
     @property
     def side_by_side(self) -> int:
@@ -684,7 +687,7 @@ class Pipeline:
         if recipe.weights != pipe.stepped_weights:
             raise RecipeError(
                 f"the recipe needs the compiled engine with {recipe.weights} weights, which is not "
-                "to be had here; install numba"
+                "to be had here; install numba (int8-16 needs a processor with AVX2, too)"
             )
         return pipe
 

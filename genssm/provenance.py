@@ -35,7 +35,7 @@ class Recipe:
     model: str
     checkpoint: str  # content hash
     rate: float  # by which Δ was scaled
-    weights: str  # that the model was stepped with: "bf16", …, "eager fp32", "cuda bf16", …
+    weights: str  # that the model was stepped with: "bf16", "int8-16", …, "eager fp32", …
     prompt: str | None  # as it was given, for people; the plan holds the tokens
     plan: Plan
     then: tuple[Plan, ...] = ()
@@ -81,6 +81,8 @@ def from_json(facts: Any) -> Recipe:
     ours -= {"plan", "then", "pause"}
     _check_keys(rest, ours | plans)
     own = {name: rest.pop(name) for name in ours}
+    if own["weights"] == "int8":  # which had activations of 24 bits before there were others
+        own["weights"] = "int8-24"
     try:
         then = tuple(_plan(part) for part in _parts(row))
         recipe = Recipe(**own, plan=_plan(rest), then=then, pause=row.get("pause", 0.0))

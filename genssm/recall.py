@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NOTHING = -1  # the token id of a position before the sequence begins, and where none is recalled
-FACTOR, MASK = 0x5BD1E995, 0x7FFFFFFF  # of keys; their product fits into 63 bits
+# Of keys; their product fits into 63 bits. The compiled loop is kept on disk with these in it: who
+# changes them must change simd.py, too.
+FACTOR, MASK = 0x5BD1E995, 0x7FFFFFFF
 
 
 class Recall:

@@ -82,11 +82,15 @@ def multiplies_bytes() -> bool:
     return compiles_for("avx512vnni" if compiles_for("avx512f") else "avxvnni")
 
 
-def int8_kind() -> int:
-    """How int8 weights meet activations fastest: as DIGITS, PAIRS or, converted to floats, INT8."""
-    if multiplies_bytes():
-        return DIGITS
-    return PAIRS if compiles_for("avx2") else INT8
+def int8_kinds() -> dict[int, int]:
+    """How int8 weights meet activations, by the bits of these, the fastest first.
+
+    As digits of 24 bits or, to rounding the same, as floats; or as pairs of 16 bits.
+    """
+    by_bits = {24: DIGITS if multiplies_bytes() else INT8}
+    if not compiles_for("avx2"):
+        return by_bits
+    return by_bits | {16: PAIRS} if multiplies_bytes() else {16: PAIRS} | by_bits
 
 
 def panels_abreast() -> int:
@@ -562,7 +566,7 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
 DIGITS_ABREAST, PAIRS_ABREAST = 4 if compiles_for("avx512vnni") else 1, 2
 HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))
-KINDS = sorted({FP32, BF16, INT8, int8_kind()})
+KINDS = sorted({FP32, BF16, INT8, *int8_kinds().values()})
 
 
 @intrinsic
@@ -649,8 +653,8 @@ def quantize(kind, work, source, size, target):
 
     The sums of products with int8 weights have no rounding at all. DIGITS: of 24 bits, as exact as
     float32 is for the largest value. PAIRS: of 16 bits, or of as many as their sums have room for
-    (15 beyond 512 inputs), which is finer than int8 weights are by far. What is no number makes
-    the unit none.
+    (a bit less for each time that the inputs are twice as many as 512), which is finer than int8
+    weights are by far. What is no number makes the unit none.
     """
     limit = 2**23 - 2  # two less, so that rounding cannot reach 2^23
     if kind == PAIRS:
@@ -757,16 +761,16 @@ def sigmoid(x):
 @njit(**_OPTIONS)
 def norm(work, source, target, width, size, constants, table, begin, finish):
     """Layer norm of one row: ``size`` features, the others up to ``width`` are zero."""
-    sums = splat(f32(0.0))
+    zero, one, sums = splat(f32(0.0)), splat(f32(1.0)), splat(f32(0.0))
     for i in range(0, width, LANES):
         sums = add(sums, load(work, source + i))
-    mean = total(sums) / f32(size)
-    centre, squares = splat(mean), splat(f32(0.0))
+    centre, squares = splat(total(sums) / f32(size)), zero
     for i in range(0, width, LANES):
         d = sub(load(work, source + i), centre)
+        if i + LANES > size:  # what is no padding counts
+            d = mul(d, larger(zero, smaller(one, sub(splat(f32(size - i)), ramp()))))
         squares = fma(d, d, squares)
-    variance = (total(squares) - f32(width - size) * mean * mean) / f32(size)
-    scale = splat(f32(1.0) / np.sqrt(variance + f32(1e-5)))
+    scale = splat(f32(1.0) / np.sqrt(total(squares) / f32(size) + f32(1e-5)))
     for i in range(begin, finish, LANES):
         d = mul(sub(load(work, source + i), centre), scale)
         scaled = fma(d, load(constants, table + i), load(constants, table + width + i))

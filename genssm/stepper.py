@@ -7,6 +7,7 @@ norms and embeddings stay in float32. Prompts are still read by the converted mo
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 import threading
@@ -46,6 +47,9 @@ from genssm.stepping import EXACT, Draws, UnsupportedError
 
 ENGINES = ("auto", "eager", "cpu", "cuda")
 WEIGHTS = ("bf16", EXACT, "int8")  # the default first
+# What int8 means, by the bits of the activations that they meet: what is faster on a processor. The
+# samples of one are not always those of the other, so recipes name it.
+INT8 = ("int8-24", "int8-16")
 SCORED = 256  # tokens scored by one call, whose end an interruption waits for
 MAX_MIXTURES = 10  # the kernel's room for the parameters of one mixture, a panel of 32
 
@@ -77,12 +81,13 @@ def describe(model: Stepper) -> str:
 
 def check_choice(kind: str, weights: str) -> None:
     """Raise ValueError unless there is such an engine here and it has such weights."""
-    for name, value, known in (("engine", kind, ENGINES), ("weights", weights, WEIGHTS)):
-        if value not in known:
+    choices = (("engine", kind, ENGINES, ()), ("weights", weights, WEIGHTS, INT8))
+    for name, value, known, meant in choices:
+        if value not in known + meant:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if kind == "cuda":
         cuda.check_choice(weights)
-    if kind == "eager" and weights == "int8":
+    if kind == "eager" and weights.startswith("int8"):
         raise ValueError(
             "the eager engine steps with the model's own weights; for int8 take the engine cpu"
         )
@@ -94,11 +99,14 @@ def load_kernels() -> ModuleType:
         import numba
     except ImportError as error:
         raise UnsupportedError(f"numba cannot be imported ({error}); pip install numba") from error
+    settings: Any = numba
+    config = settings.config
+    if config.DISABLE_JIT:
+        raise UnsupportedError("numba compiles nothing where NUMBA_DISABLE_JIT is set")
     try:
         from genssm import simd
     except RuntimeError:  # no folder for numba's cache: compile anew in this process
-        settings: Any = numba
-        settings.config.CACHE_DIR = folder = tempfile.mkdtemp(prefix="genssm-")
+        config.CACHE_DIR = folder = tempfile.mkdtemp(prefix="genssm-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         from genssm import simd
     return simd
@@ -578,14 +586,19 @@ class CompiledModel:
         self._abreast = self._simd.panels_abreast()
         self._paces: dict[int, Pace] = {}  # by rows of a batch
         self._thread = threading.local()  # room of each thread that steps
+        int8 = {f"int8-{bits}": kind for bits, kind in self._simd.int8_kinds().items()}
+        # The weights by the name that recipes have: see ``INT8``.
+        self.stepped_weights = next(iter(int8)) if weights == "int8" else weights
+        kinds = int8 | {"fp32": self._simd.FP32, "bf16": self._simd.BF16}
+        if self.stepped_weights not in kinds:
+            raise UnsupportedError(f"{weights} needs a processor with AVX2")
+        self._kind = kinds[self.stepped_weights]
         self._build()
 
     def _build(self) -> None:
-        simd = self._simd
-        kinds = {"fp32": simd.FP32, "bf16": simd.BF16, "int8": simd.int8_kind()}
-        self._kind = kinds[self.weights]
+        simd, d_model = self._simd, self.config.d_model
         fours = self._kind in (simd.DIGITS, simd.PAIRS)
-        program, d_model = _Program(simd, self.weights, fours), self.config.d_model
+        program = _Program(simd, self.weights.partition("-")[0], fours)
         widest = _padded(max(d_model))
         x = program.reserve(d_model[0])
         room = (
@@ -708,6 +721,10 @@ class CompiledModel:
         """Read tokens (B, n); returns their bits if ``scored``."""
         tokens = tokens.astype(np.int64)
         self._check(tokens)
+        if len(tokens) != memory.batch:
+            raise ValueError(
+                f"a token for each of {memory.batch} rows is needed, got {len(tokens)}"
+            )
         seen = np.zeros((memory.batch, self.config.n_outputs), np.bool_)
         draws = Draws(memory, np.zeros(tokens.shape), SamplingConfig(), seen)
         return self._run(memory, [draws], tokens, given=tokens.shape[1], seen=seen, scored=scored)
@@ -724,6 +741,8 @@ class CompiledModel:
         Their n must be equal, and their positions modulo the model's period. So many ``threads``
         may share the columns of every vector, if that turns out to be faster: see ``Pace``.
         """
+        if any(len(d.uniforms) != len(d.seen) for d in draws):
+            raise ValueError("draws need as many rows of uniforms as of seen tokens")
         seen = draws[0].seen if len(draws) == 1 else np.concatenate([d.seen for d in draws])
         tokens = np.zeros((len(seen), draws[0].uniforms.shape[1]), np.int64)
         with self._joined([d.memory for d in draws]) as memory:
@@ -743,7 +762,8 @@ class CompiledModel:
         self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, seen: Array, most: int
     ) -> Array:
         most = min(most, self._simd.TEAM)
-        if most == 1 or not _forming.acquire(blocking=False):
+        forming = _Team.forming
+        if most == 1 or not forming.acquire(blocking=False):
             return self._run(memory, draws, tokens, seen=seen)
         try:
             pace, steps = self._paces.setdefault(memory.batch, Pace()), tokens.shape[1]
@@ -752,7 +772,7 @@ class CompiledModel:
             pace.took(threads, steps, time.perf_counter() - started)
             return bits
         finally:
-            _forming.release()
+            forming.release()
 
     def _check(self, tokens: Array) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -836,7 +856,10 @@ class Pace:
         self._left = self._patience
 
 
-_forming = threading.Lock()  # one team at a time, so that none waits for the members of another
+class _Team:
+    """Threads that step one batch: one team at a time, so that none waits for another's members."""
+
+    forming = threading.Lock()
 
 
 @cache
@@ -844,8 +867,18 @@ def _helpers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="genssm team")
 
 
+def _after_fork() -> None:
+    """A child has none of the threads of its parent."""
+    _Team.forming = threading.Lock()
+    _helpers.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
-    """``run`` of every member at once, the first in this thread; needs ``_forming``."""
+    """``run`` of every member at once, the first in this thread; needs ``_Team.forming``."""
     others: list[Future[None]] = []
     try:
         others += [_helpers(threads - 1).submit(run, member) for member in range(1, threads)]

@@ -24,7 +24,7 @@ from genssm.engine import Drawn, read, result_of
 from genssm.evaluate import token_bits
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, Sample
-from genssm.provenance import parse
+from genssm.provenance import RecipeError, parse
 from genssm.request import GUIDANCE, Plan, Request
 from genssm.sampling import SamplingConfig
 from genssm.stepper import CompiledModel, load_kernels
@@ -546,6 +546,23 @@ def test_a_recipe_names_the_eager_engine(pipes: dict[str, Pipeline]) -> None:
     assert pipes["text"].at_recipe(recipe).engine_name == "eager"
     again = pipes["text"].repeat(recipe)
     assert [s.token_bits for s in again] == [s.token_bits for s in samples]
+
+
+def test_a_recipe_names_the_arithmetic_of_int8(pipes: dict[str, Pipeline]) -> None:
+    """What is fastest on one processor may not be on another, and draws other tokens at times."""
+    pipe = Pipeline("text", pipes["text"].checkpoint, weights="int8")
+    stepper = pipe.stepper
+    assert isinstance(stepper, CompiledModel)
+    samples = pipe.sample("The", count=2, max_tokens=20, seed=5)
+    recipe = pipe.recipe(samples)
+    assert recipe is not None
+    assert recipe.weights == stepper.stepped_weights in ("int8-24", "int8-16")
+    assert tokens_of(pipes["text"].repeat(recipe)) == tokens_of(samples)
+    former = parse(json.dumps({**recipe.to_json(), "weights": "int8"}))
+    assert former.weights == "int8-24"
+    assert pipe.at_recipe(former).stepped_weights == "int8-24"
+    with pytest.raises(RecipeError, match="int8-8"):
+        pipe.at_recipe(replace(recipe, weights="int8-8"))
 
 
 def test_a_recipe_of_a_state_needs_no_state_that_its_tokens_give(

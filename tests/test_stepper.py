@@ -128,9 +128,9 @@ def test_code_for_lesser_processors_steps_alike(
     [
         ("NUMBA_CPU_NAME", "generic", "1 INT8"),
         ("NUMBA_CPU_FEATURES", "+avx", "1 INT8"),
-        ("NUMBA_CPU_FEATURES", "+avx2", "2 PAIRS"),
-        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni", "2 DIGITS"),
-        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni,+avx512f", "4 PAIRS"),
+        ("NUMBA_CPU_FEATURES", "+avx2", "2 PAIRS INT8"),
+        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni", "2 DIGITS PAIRS"),
+        ("NUMBA_CPU_FEATURES", "+avx2,+avxvnni,+avx512f", "4 PAIRS INT8"),
         ("NUMBA_ENABLE_AVX", "0", "1 INT8"),
     ],
 )
@@ -139,7 +139,8 @@ def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, expected
     code = (
         "from genssm.stepper import load_kernels; simd = load_kernels()\n"
         "names = {getattr(simd, name): name for name in ('INT8', 'DIGITS', 'PAIRS')}\n"
-        "print(simd.panels_abreast(), names[max(simd.KINDS)])"
+        "assert set(simd.int8_kinds().values()) <= set(simd.KINDS)\n"
+        "print(simd.panels_abreast(), *map(names.get, simd.int8_kinds().values()))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True,
@@ -154,20 +155,26 @@ def test_int8_by_whole_numbers_gives_what_floats_give(
 ) -> None:
     """int8 weights times activations, by products of whole numbers and by products of floats."""
     simd = load_kernels()
-    whole = simd.int8_kind()
-    if whole == simd.INT8:
+    tolerances = {simd.DIGITS: 2e-6, simd.PAIRS: 2e-4}
+    whole = {f"int8-{bits}": k for bits, k in simd.int8_kinds().items() if k in tolerances}
+    if not whole:
         pytest.skip("this processor has neither VNNI nor AVX2")
     model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
-    by_numbers = CompiledModel(model, "int8")
-    monkeypatch.setattr(simd, "int8_kind", lambda: simd.INT8)
-    by_floats = CompiledModel(model, "int8")
-    assert (by_numbers._kind, by_floats._kind) == (whole, simd.INT8)
+    by_numbers = [CompiledModel(model, weights) for weights in whole]
+    assert CompiledModel(model, "int8").stepped_weights == by_numbers[0].stepped_weights
+    assert [compiled._kind for compiled in by_numbers] == list(whole.values())
+    monkeypatch.setattr(simd, "multiplies_bytes", lambda: False)
+    by_floats = CompiledModel(model, "int8-24")
+    assert by_floats._kind == simd.INT8
     _, state, tokens = start(model, 5)
-    memories = [compiled.load(state) for compiled in (by_numbers, by_floats)]
-    tolerance = {simd.DIGITS: 2e-6, simd.PAIRS: 2e-4}[whole]
+    everyone = [*by_numbers, by_floats]
+    memories = [compiled.load(state) for compiled in everyone]
     for token in tokens:
-        actual = by_numbers.step(token, memories[0])
-        assert_near(actual, by_floats.step(token, memories[1]), tolerance)
+        *found, floats = (
+            c.step(token, memory) for c, memory in zip(everyone, memories, strict=True)
+        )
+        for actual, tolerance in zip(found, map(tolerances.get, whole.values()), strict=True):
+            assert_near(actual, floats, tolerance or 0.0)
 
 
 def whole_numbers(work: np.ndarray, kind: str, size: int) -> np.ndarray:
@@ -671,6 +678,15 @@ def test_without_numba_the_model_steps_eagerly(
         assert choose(model) is model
 
 
+def test_where_numba_compiles_nothing_the_model_steps_eagerly(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
+        assert choose(model) is model
+
+
 def test_a_dense_transition_steps_eagerly(make_model: MakeModel) -> None:
     model = to_recurrent(make_model("isotropic", "lssl"))
     with pytest.warns(UserWarning, match=r"not the dense one .*LSSL"):
@@ -702,6 +718,52 @@ def test_a_token_that_does_not_exist_is_refused(make_model: MakeModel) -> None:
     memory = compiled.load(model.initial_state(1))
     with pytest.raises(ValueError, match=r"0 … 22, got 23"):
         compiled.step(torch.tensor([23]), memory)
+
+
+def test_rows_that_do_not_fit_are_refused(make_model: MakeModel) -> None:
+    model = to_recurrent(make_model("isotropic"))
+    compiled = CompiledModel(model)
+    memory = compiled.load(model.initial_state(64))
+    with pytest.raises(ValueError, match="each of 64 rows is needed, got 1"):
+        compiled.step(torch.tensor([1]), memory)
+    seen = np.zeros((64, compiled.config.n_outputs), np.bool_)
+    with pytest.raises(ValueError, match="as many rows of uniforms"):
+        compiled.generate(Draws(memory, np.zeros((1, 8)), SamplingConfig(), seen))
+
+
+@pytest.mark.parametrize("offset", [1.0, 100.0, 3000.0])
+@pytest.mark.parametrize("size", [8, 16, 24, 40, 64, 264])
+def test_norms_of_any_width_and_mean_are_right(size: int, offset: float) -> None:
+    """The padding has no part in the variance, however far the features are from zero."""
+    width = -(-size // 32) * 32
+    x = offset + torch.randn(size, generator=torch.Generator().manual_seed(0))
+    work, constants = np.zeros(2 * width, np.float32), np.zeros(2 * width, np.float32)
+    work[:size], constants[:size] = x.numpy(), 1
+    load_kernels().norm(work, 0, width, width, size, constants, 0, 0, width)
+    expected = torch.nn.functional.layer_norm(x.double(), (size,)).numpy()
+    np.testing.assert_allclose(work[width : width + size], expected, atol=1e-6 * max(offset, 3))
+    assert not work[width + size :].any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_forms_a_team_of_its_own() -> None:
+    """Where it was forked, the threads of its parent's are gone."""
+    code = (
+        "import multiprocessing, numpy as np\n"
+        "from genssm.stepper import _as_team, _Team\n"
+        "def meet():\n"
+        "    met = []\n"
+        "    with _Team.forming: _as_team(met.append, 2, np.zeros(16, np.int64))\n"
+        "    print(sorted(met), flush=True)\n"
+        "meet()\n"
+        "child = multiprocessing.get_context('fork').Process(target=meet)\n"
+        "with _Team.forming: child.start()\n"
+        "child.join(20); child.kill()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stdout == "[0, 1]\n[0, 1]\n", run.stderr
 
 
 def test_kernels_load_where_nothing_can_be_written(tmp_path: Path) -> None:

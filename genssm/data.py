@@ -10,12 +10,15 @@ import lzma
 import re
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 from typing import IO, Any, BinaryIO, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -32,7 +35,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARQUET = ".parquet"
-_DAMAGES = (tarfile.TarError, OSError, EOFError, lzma.LZMAError)  # of an archive or file
+_DAMAGES = (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error)  # of a file or archive
 LONGEST_SOUND = 2**27  # samples over all channels that a sound file may decode to
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -103,7 +106,7 @@ def _documents(path: Path) -> list[str]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             text = file.read().decode()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (*_DAMAGES, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not readable UTF-8 text: {error}") from error
     return list(_split(text))
 
@@ -178,13 +181,9 @@ def _fitting_picture(data: bytes, codec: Image, name: str) -> np.ndarray:
 
 def open_picture_array(path: Path, codec: Image) -> tuple[np.ndarray, np.ndarray | None]:
     """A memory-mapped uint8 array (n, H, W[, C]) and, if the codec has classes, labels (n,)."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        beside = path.with_name(f"{path.stem}_labels.npy")
-        known = beside.exists() and codec.labels
-        labels = np.load(beside, allow_pickle=False) if known else None
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable .npy array: {error}") from error
+    array = _array(path)
+    beside = path.with_name(f"{path.stem}_labels.npy")
+    labels = _array(beside) if beside.exists() and codec.labels else None
     if array.dtype != np.uint8 or array.ndim not in (3, 4):
         raise ValueError(
             f"pictures must be uint8 of shape (n, H, W, C), got {array.dtype} {array.shape}"
@@ -198,6 +197,17 @@ def open_picture_array(path: Path, codec: Image) -> tuple[np.ndarray, np.ndarray
         ):
             raise ValueError(f"labels must be integers in 0 … {classes - 1} in {str(beside)!r}")
     return array, labels
+
+
+def _array(path: Path) -> np.ndarray:
+    """A memory-mapped .npy file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is not a readable .npy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{str(path)!r} is not a readable .npy array but an archive of several")
+    return array
 
 
 def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
@@ -243,11 +253,7 @@ def read_clips(path: Path, codec: Audio, skip: bool = False) -> Iterator[Example
         return
 
     def read(name: PurePosixPath, load: Callable[[], bytes]) -> Example:
-        data = load()
-        wave = read_sound(io.BytesIO(data), codec, str(name))
-        if _is_cut_short(data):
-            raise ValueError(f"{str(name)!r} is cut short: its header tells of more samples")
-        return Example(wave, _sound_label(name, codec))
+        return Example(_whole_sound(load(), codec, str(name)), _sound_label(name, codec))
 
     yield from _readable((partial(read, *member) for member in _members(path, SOUNDS)), skip)
 
@@ -257,6 +263,13 @@ def _sound_label(name: PurePosixPath, codec: Codec) -> str | None:
     candidates = ("_".join(parts[:n]) for n in range(len(parts), 0, -1))
     own = next((c for c in candidates if c in codec.labels), None)
     return folder if folder and (own is None or codec.broader(own) != folder) else own
+
+
+def _whole_sound(data: bytes, codec: Audio, name: str) -> np.ndarray:
+    wave = read_sound(io.BytesIO(data), codec, name)
+    if _is_cut_short(data):
+        raise ValueError(f"{name!r} is cut short: its header tells of more samples")
+    return wave
 
 
 def _is_cut_short(data: bytes) -> bool:
@@ -358,7 +371,7 @@ def examples_of_rows(
         label = label if label in codec.labels else None
         if isinstance(codec, Image):
             return Example(_fitting_picture(data, codec, name), label)
-        return Example(read_sound(io.BytesIO(data), codec, name), label)
+        return Example(_whole_sound(data, codec, name), label)
 
     yield from _readable((partial(read, i, row) for i, row in enumerate(rows)), skip)
 
@@ -395,7 +408,7 @@ def _members(
     else:
         try:
             with tarfile.open(path) as archive:
-                for member in sorted(archive.getmembers(), key=lambda m: m.name):
+                for member in _all_members(archive):
                     if member.isfile() and member.name.lower().endswith(suffixes):
                         found = True
                         file = archive.extractfile(member)
@@ -406,6 +419,16 @@ def _members(
             raise ValueError(f"{str(path)!r} is not a readable tar archive: {reason}") from error
     if not found:
         raise ValueError(f"{str(path)!r} holds no file ending in {', '.join(suffixes)}")
+
+
+def _all_members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Sorted by name. tarfile stops in silence at a header that is damaged, or is not there."""
+    members = sorted(archive.getmembers(), key=lambda m: m.name)
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it is damaged or cut short after {len(members)} members")
+    return members
 
 
 def _bytes(name: Path | str, read: Callable[[], bytes]) -> bytes:

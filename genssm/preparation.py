@@ -90,6 +90,8 @@ def _batches(
     if isinstance(codec, Image):
         if source.path is not None and source.path.suffix == ".npy":
             pictures, labels = open_picture_array(source.path, codec)
+            if labels is None:
+                _tell_unknown(len(pictures), len(pictures), codec)
         else:
             pictures, labels = _stack_pictures(_told(source, codec, skip), codec)
         return codec, PictureBatches(
@@ -140,6 +142,10 @@ def _told(source: Split, codec: Codec, skip: bool) -> Iterator[Example]:
     for count, example in enumerate(source.examples(codec, skip), 1):  # noqa: B007
         unknown += example.label is None
         yield example
+    _tell_unknown(unknown, count, codec)
+
+
+def _tell_unknown(unknown: int, count: int, codec: Codec) -> None:
     if codec.labels and unknown:
         warnings.warn(
             f"{unknown} of {count} examples are of no class that the model knows and are trained "
@@ -186,7 +192,8 @@ def _validation_examples(
     examples = [example for example in found if codec.units(example.raw)]
     if not examples:
         raise ValueError("the validation split is empty; put some of the data aside for it")
-    chosen = examples[:: max(1, len(examples) // most)][:most]
+    count = min(len(examples), most)
+    chosen = [examples[i * len(examples) // count] for i in range(count)]
     if recipe.modality == "text":
         return [Example(example.raw[:60_000]) for example in chosen]
     return chosen

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from genssm.codec import Codec
+from genssm.codec import Codec, Image
 from genssm.model import ModelConfig
 from genssm.optim import SCHEDULES
 from genssm.settings import check_types
@@ -70,9 +71,9 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "noise", "fade", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("decay", "grow"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        for name, most in (("decay", 1), ("grow", 1), ("length", 2**31), ("seed", 2**64 - 1)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in 0 … 1 (1 excluded), got {self.ema}")
         if not 0 <= self.first_length <= self.length:
@@ -97,6 +98,10 @@ class TrainConfig:
 _LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
 # Settings of a model that follow from its codec and its training.
 DERIVED = {"vocab_size", "n_outputs", "l_max", "opening", "durations"}
+
+
+def _commas(values: Iterable[int]) -> str:
+    return ",".join(map(str, values))
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,27 @@ class Recipe:
             l_max=self.train.length,
             **self.model,
         )
-        stride, first = math.prod(config.pools), self.train.first_length
-        if 0 < first < stride:  # the innermost layers would learn nothing
+        if isinstance(codec, Image) and config.image_shape not in (None, codec.shape):
             raise ValueError(
-                f"first_length must be at least {stride}, the product of the pools; got {first}"
+                f"image_shape must be that of the pictures, {_commas(codec.shape)}; got "
+                f"{_commas(config.image_shape or ())}"
             )
+        if self.train.length <= codec.opening:
+            raise ValueError(
+                f"length must be more than the {codec.opening} tokens of an opening, got "
+                f"{self.train.length}"
+            )
+        self._check_lengths(config)
         return config
+
+    def _check_lengths(self, config: ModelConfig) -> None:
+        stride = math.prod(config.pools)
+        for name in ("length", "first_length"):
+            value = getattr(self.train, name)
+            if value and value < stride:  # the innermost layers would learn nothing
+                raise ValueError(
+                    f"{name} must be at least {stride}, the product of the pools; got {value}"
+                )
 
     def changed(self, settings: dict[str, Any]) -> Recipe:
         """A copy with settings of codec, model or training replaced by name.
@@ -155,7 +175,8 @@ class Recipe:
                 known = sorted({*codec, *model_names, *train_names})
                 raise ValueError(f"unknown setting {name!r}; known: {', '.join(known)}")
         changed = replace(self, codec=codec, model=model, train=replace(self.train, **train))
-        ModelConfig(vocab_size=2, n_outputs=2, l_max=changed.train.length, **model)
+        config = ModelConfig(vocab_size=2, n_outputs=2, l_max=changed.train.length, **model)
+        changed._check_lengths(config)
         return changed
 
 

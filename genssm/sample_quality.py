@@ -159,7 +159,8 @@ def measure_text(
     facts: dict[str, object] = {"samples": len(samples), **_text_figures(samples, known)}
     if held_out:
         pieces = [t[i : i + length] for t in held_out for i in range(0, len(t), length)]
-        cut = pieces[:: max(1, len(pieces) // max(1, len(samples)))][: len(samples)]
+        count = min(len(pieces), len(samples))
+        cut = [pieces[i * len(pieces) // count] for i in range(count)]
         facts["held out"] = {"samples": len(cut), **_text_figures(cut, known)}
     return facts
 

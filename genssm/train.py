@@ -22,12 +22,12 @@ from genssm.evaluate import Evaluation, evaluate
 from genssm.finite import NotFiniteError
 from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate
-from genssm.preparation import TOKENIZER, kept_tokenizer, load_weights, prepare
+from genssm.preparation import TOKENIZER, build_codec, kept_tokenizer, load_weights, prepare
 from genssm.recipes import Recipe
 from genssm.sheets import Sheet, draw_sheet, write_sheet
 from genssm.training_log import LOG, Log, Progress, open_log
 from genssm.training_state import STATE, TrainingState
-from genssm.update import compile_pointwise, spread, train_step
+from genssm.update import check_parts, compile_pointwise, spread, train_step
 
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
 _CHECKPOINT = "checkpoint"
@@ -66,6 +66,7 @@ def train(
         raise ValueError(f"minutes must be at least 0, got {minutes}")
     begun = _begin(recipe, out, resume, start)
     with joined() as world, _alone(out, world), _interruption() as interrupted:
+        check_parts(recipe.train.batch_size, recipe.train.accumulate, world)
         _holds_training(out, resume)  # another may have come and gone meanwhile
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
@@ -217,6 +218,8 @@ class _Training:
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:
             checkpoints.remove_leftovers(out, _WRITTEN)
+        if recipe.modality != "text":  # before the data, which may take long
+            recipe.model_config(build_codec(recipe))
         resumed = training_state.exists(out)
         given = kept_tokenizer(recipe, out) if resumed else start.codec if start else None
         with world.leader_first():
@@ -273,8 +276,8 @@ class _Training:
         self.lost = 0 if finite else self.lost + 1
         if self.lost >= _LOST:
             raise ValueError(
-                f"{_LOST} steps in a row had no finite gradient; resume with a lower lr and "
-                "matrix_lr, or begin again"
+                f"{_LOST} steps in a row had no finite gradient; begin again with a lower lr and "
+                "matrix_lr, or resume with them what was saved before"
             )
         if finite:
             self.state.average()

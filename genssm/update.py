@@ -133,16 +133,22 @@ def train_step(
     return Step(world.sums([loss])[0] / _LN2, finite)
 
 
-def _parts(
-    batch: Batch, accumulate: int, world: World
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """First row, tokens, shares and what is read of the parts that are this process's."""
-    rows, parts = len(batch.tokens), world.size * accumulate
+def check_parts(rows: int, accumulate: int, world: World) -> int:
+    """Parts of a batch of so many rows. Raises ValueError if they cannot be equal."""
+    parts = world.size * accumulate
     if rows % parts:
         raise ValueError(
             f"batch_size must be divisible by processes × accumulate ({world.size} × {accumulate}),"
             f" got {rows}"
         )
+    return parts
+
+
+def _parts(
+    batch: Batch, accumulate: int, world: World
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """First row, tokens, shares and what is read of the parts that are this process's."""
+    rows, parts = len(batch.tokens), check_parts(len(batch.tokens), accumulate, world)
     weights = batch.weights
     if weights is None:
         weights = torch.ones(rows, batch.tokens.shape[1] - 1)

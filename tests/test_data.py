@@ -95,6 +95,7 @@ def test_text_splits_into_documents(text: str, documents: list[str], tmp_path: P
         ("broken.txt.xz", b"no xz"),
         ("cut.txt.gz", gzip.compress(b"abc" * 1000)[:20]),
         ("cut.txt.xz", lzma.compress(b"abc" * 1000)[:40]),
+        ("damaged.txt.gz", gzip.compress(b"abc" * 1000)[:10] + b"\xff" * 20),
     ],
 )
 def test_text_that_is_not_readable_is_named(name: str, content: bytes, tmp_path: Path):
@@ -171,10 +172,31 @@ def test_array_of_no_such_pictures_is_refused(array: np.ndarray, message: str, t
         list(read_pictures(tmp_path / "test.npy", IMAGE))
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY"])
-def test_array_that_is_not_readable_is_named(content: bytes, tmp_path: Path):
-    (tmp_path / "test.npy").write_bytes(content)
-    with pytest.raises(ValueError, match=r"test.npy' is not a readable .npy array"):
+def saved(save: Callable[..., None], array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["test.npy", "test_labels.npy"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no array",
+        b"\x93NUMPY",
+        saved(np.savez, np.zeros(6, np.int64)),
+        saved(np.savez, np.zeros(6, np.int64))[:100],
+        saved(np.save, np.zeros(6, np.int64)).replace(b"}", b"("),
+    ],
+    ids=["empty", "other", "beginning", "archive", "cut archive", "damaged header"],
+)
+def test_array_that_is_not_readable_is_named(
+    name: str, content: bytes, tmp_path: Path, pictures: np.ndarray
+):
+    np.save(tmp_path / "test.npy", pictures)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' is not a readable .npy array"):
         open_picture_array(tmp_path / "test.npy", IMAGE)
 
 
@@ -315,6 +337,29 @@ def test_archive_that_is_not_readable_is_named(name: str, tmp_path: Path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}' is not a readable tar archive: [^\n]+$"):
             list(read_clips(tmp_path / name, AUDIO))
+
+
+@pytest.mark.parametrize("damage", ["a header", "cut in a header", "cut before a header"])
+def test_an_archive_that_ends_early_is_named(damage: str, tmp_path: Path, write_sound: Write):
+    """tarfile takes a damaged header, but for the first, for the end."""
+    path = tmp_path / "clips.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for i in range(4):
+            name = f"one_{i}.wav"
+            archive.add(write_sound(tmp_path / name, np.full(10 + i, 0.5)), name)
+    whole = path.read_bytes()
+    assert len(list(read_clips(path, AUDIO))) == 4
+    third = whole.index(b"one_2.wav")
+    changed = {
+        "a header": whole[:third] + b"x" + whole[third + 1 :],
+        "cut in a header": whole[: third + 100],
+        "cut before a header": whole[:third],
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(
+        ValueError, match=r"clips.tar' is not .*: it is damaged or cut .* 2 members"
+    ):
+        list(read_clips(path, AUDIO))
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])

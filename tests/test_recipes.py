@@ -119,11 +119,33 @@ def test_unknown_settings_are_refused_and_the_known_ones_named(name: str):
         ({"clip": math.nan}, "clip must be positive, got nan"),
         ({"ema": math.nan}, "ema must lie in 0 … 1"),
         ({"warmup": math.nan}, "warmup must be int"),
+        ({"length": 2**63}, "length must be at most 2147483648"),
+        ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
     ],
 )
 def test_impossible_training_settings_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         RECIPES["wiki"].changed(settings)
+
+
+@pytest.mark.parametrize("name", ["length", "first_length"])
+def test_lengths_reach_the_innermost_layers(name: str):
+    stride = math.prod(RECIPES["digits"].model["pools"])
+    with pytest.raises(ValueError, match=f"^{name} must be at least {stride}, the product of"):
+        RECIPES["digits"].changed({name: stride - 1})
+
+
+def test_a_sequence_is_longer_than_its_opening():
+    level = {"d_model": (32,), "n_layers": (1,), "pools": ()}
+    recipe = RECIPES["digits"].changed({**level, "length": 2})
+    with pytest.raises(ValueError, match="length must be more than the 2 tokens of an opening"):
+        recipe.model_config(build_codec(recipe))
+
+
+def test_positions_are_those_of_the_pictures():
+    recipe = RECIPES["cifar10"].changed({"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="that of the pictures, 16,16,3; got 32,32,3"):
+        recipe.model_config(build_codec(recipe))
 
 
 def test_settings_of_another_modality_are_refused():

@@ -185,6 +185,37 @@ def test_examples_of_no_known_class_are_told(tmp_path: Path, write_picture: Call
         prepare(recipe, tmp_path / "data", tmp_path / "out", None, None)
 
 
+def test_an_array_without_its_labels_is_told(tmp_path: Path):
+    for split in ("train", "validation"):
+        np.save(tmp_path / f"{split}.npy", np.zeros((4, 28, 28), np.uint8))
+    recipe = RECIPES["mnist"].changed({"batch_size": 2})
+    with pytest.warns(UserWarning, match="4 of 4 examples are of no class that the model knows"):
+        prepare(recipe, tmp_path, tmp_path / "out", None, None)
+
+
+@pytest.mark.parametrize("limit", [3, 4, 5, 7, 8, 20])
+def test_the_validation_subset_is_spread_over_the_whole(limit: int, tmp_path: Path):
+    """The first is of the beginning, the last of the end, however many there are."""
+    for split in ("train", "validation"):
+        pictures = np.arange(8, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
+        np.save(tmp_path / f"{split}.npy", pictures)
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(8))
+    recipe = RECIPES["mnist"].changed({"batch_size": 2})
+    chosen = prepare(recipe, tmp_path, tmp_path / "out", None, limit).validation
+    found = [int(example.raw[0, 0, 0]) for example in chosen]
+    assert len(set(found)) == len(found) == min(limit, 8)
+    assert found[0] == 0
+    assert np.diff([*found, 8]).max() <= -(-8 // len(found))
+
+
+def test_a_wave_in_a_table_that_is_cut_short_is_named(cells, tmp_path: Path):
+    made, _ = cells("audio", 2)
+    made[1]["bytes"] = made[1]["bytes"][:-40]
+    table = write_table(tmp_path / "t.parquet", {"audio": made, "label": [0, 1]}, ["one", "two"])
+    with pytest.raises(ValueError, match=r"1.wav' is cut short: its header tells of more samples"):
+        list(read_examples(table, AUDIO))
+
+
 def tmp_path_with(table: Path, folder: Path) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "train.parquet").write_bytes(table.read_bytes())

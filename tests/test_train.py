@@ -431,11 +431,17 @@ def test_budgets_are_not_negative(minutes: float, data: dict[str, Path], tmp_pat
         train(RECIPES["text"], data["text"], tmp_path / "out", minutes=minutes)
 
 
-def test_the_first_length_reaches_the_innermost_layers(data: dict[str, Path], tmp_path: Path):
-    recipe = RECIPES["audio"]
-    stride = math.prod(recipe.model["pools"])
-    with pytest.raises(ValueError, match=f"first_length must be at least {stride}, the product"):
-        train(recipe.changed({"first_length": stride - 1}), data["audio"], tmp_path / "out")
+def test_batches_that_cannot_be_parted_are_refused_before_the_data(tmp_path: Path):
+    recipe = RECIPES["text"].changed({"batch_size": 4, "accumulate": 3})
+    with pytest.raises(ValueError, match="batch_size must be divisible by processes × accumulate"):
+        train(recipe, tmp_path / "nothing", tmp_path / "out")
+
+
+def test_pictures_of_another_shape_are_refused_before_the_data(tmp_path: Path):
+    height = RECIPES["image"].codec["height"]
+    recipe = RECIPES["image"].changed({"height": height + 1})
+    with pytest.raises(ValueError, match="image_shape must be that of the pictures"):
+        train(recipe, tmp_path / "nothing", tmp_path / "out")
 
 
 @modalities

@@ -300,7 +300,7 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     for place in (folder, previous):
         check_replaceable(place)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _space_for(folder):
+    with space_for(folder):
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             write(fresh)
@@ -348,7 +348,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises OSError when the disk is full; ``path`` then is what it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _space_for(path):
+    with space_for(path):
         handle, name = tempfile.mkstemp(
             prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
         )
@@ -381,7 +381,8 @@ def _flush(file: Path) -> None:
 
 
 @contextmanager
-def _space_for(path: Path) -> Iterator[None]:
+def space_for(path: Path) -> Iterator[None]:
+    """Turns a full disk, while ``path`` is written in the body, into an OSError that says so."""
     from safetensors import SafetensorError
 
     try:

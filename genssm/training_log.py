@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from genssm.checkpoint import replace_file
+from genssm.checkpoint import replace_file, space_for
 from genssm.sheets import Sheet
 
 LOG = "log.csv"
@@ -77,7 +77,7 @@ def open_log(out: Path, step: int, tensorboard: bool) -> Iterator[Log]:
     before = _rows(path, names, step) if step and path.exists() else []
     replace_file(path, lambda file: _begin(file, names, before))
     try:
-        with path.open("a", newline="") as file:
+        with space_for(path), path.open("a", newline="") as file:
             yield Log(file, board)
     finally:
         if board is not None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import genssm
 from genssm import checkpoint as checkpoints
-from genssm import recipes, sheets
+from genssm import recipes, sheets, training_state
 from genssm import train as train_module
 from genssm.codec import Text
 from genssm.conversion import to_recurrent
@@ -416,6 +416,20 @@ def test_training_without_any_finite_step_is_given_up(
     monkeypatch.setattr(SequenceModel, "log_prob", nan_at(set(), []))
     with pytest.raises(ValueError, match=r"100 steps in a row had no finite gradient; .* lower lr"):
         train(with_steps(RECIPES["text"], 1000), data["text"], tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_that_fills_under_the_log_is_told(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        "genssm.training_log.replace_file", lambda path, write: path.symlink_to("/dev/full")
+    )
+    with pytest.raises(
+        OSError, match=r"could not write .*log.csv': the disk is full; .* Make room"
+    ):
+        train(with_steps(RECIPES["text"], 2), data["text"], tmp_path / "out")
+    assert training_state.exists(tmp_path / "out")
 
 
 def test_training_that_diverges_is_an_error(data: dict[str, Path], tmp_path: Path):

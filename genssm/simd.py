@@ -562,7 +562,7 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 # Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
 # sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
 # 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
-# The sums of pairs for two tiles of one row and one panel are as many registers of AVX2.
+# Pairs have one sum each, so that two panels or two rows fit the 16 registers of AVX2.
 TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
 DIGITS_ABREAST, PAIRS_ABREAST = 4 if compiles_for("avx512vnni") else 1, 2
 HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))

@@ -17,7 +17,7 @@ from genssm.cli import main
 @pytest.mark.slow
 def test_visitors_finish_or_leave_and_the_page_goes_on() -> None:
     lines: list[str] = []
-    facts = benchmark_app(visitors=6, seconds=6, report=lines.append)
+    facts = benchmark_app(visitors=6, seconds=12, report=lines.append)
     assert set(facts["outcomes"]) <= {"finished", "cancelled", "turned away"}
     assert facts["outcomes"]["finished"] >= 6
     assert facts["errands"] == sum(facts["outcomes"].values())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genssm.checkpoint import replace_file
-from genssm.codec import Audio, Codec, Image, Raw, codec_from_config
+from genssm.codec import Audio, Codec, Image, Raw, codec_from_config, torchaudio_functional
 from genssm.data import Example
 
 FEATURES = 64
@@ -105,13 +105,11 @@ def _convolution(
 
 def _log_mel(waves: Tensor, rate: int) -> Tensor:
     """(B, samples) → (B, 1, bands, frames), the logarithm of the power in each band."""
-    from torchaudio.functional import melscale_fbanks
-
     size = round(_WINDOW * rate)
     spectrum = torch.stft(
         waves, size, round(_HOP * rate), window=torch.hann_window(size), return_complex=True
     )
-    banks = melscale_fbanks(size // 2 + 1, 0.0, rate / 2, _MELS, rate)
+    banks = torchaudio_functional().melscale_fbanks(size // 2 + 1, 0.0, rate / 2, _MELS, rate)
     power = banks.T @ spectrum.abs().square()
     return ((power + 1e-4).log() / 4)[:, None]
 

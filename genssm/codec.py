@@ -442,22 +442,19 @@ class Audio(Codec):
         return np.clip(wave, -1, 1)
 
     def encode(self, raw: Raw, label: str | None = None) -> Tensor:
-        from torchaudio.functional import mu_law_encoding
-
         wave = self.waveform(raw)
         opening = [self.duration(len(wave))] if self.durations else []
         if self.levels:
             opening.append(self.level(wave))
-        tokens = mu_law_encoding(torch.from_numpy(wave), 256).numpy()
+        tokens = torchaudio_functional().mu_law_encoding(torch.from_numpy(wave), 256).numpy()
         return self._with_start(np.insert(tokens, 0, opening), label)
 
     def scaled(self, tokens: Tensor, gain: Tensor) -> Tensor:
         """Tokens whose samples are ``gain`` times as loud, or as loud as can be."""
-        from torchaudio.functional import mu_law_decoding, mu_law_encoding
-
+        mu_law = torchaudio_functional()
         samples = tokens < self.boundary
-        wave = mu_law_decoding(tokens.where(samples, 0), 256) * gain.float()
-        return mu_law_encoding(wave.clamp(-1, 1), 256).where(samples, tokens)
+        wave = mu_law.mu_law_decoding(tokens.where(samples, 0), 256) * gain.float()
+        return mu_law.mu_law_encoding(wave.clamp(-1, 1), 256).where(samples, tokens)
 
     def prompt(self, raw: Raw, label: str | None = None) -> Tensor:
         tokens = self.encode(raw, label)
@@ -466,9 +463,8 @@ class Audio(Codec):
 
     def decode(self, tokens: Tensor | Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokens → float32 (samples,) on [-1, 1]."""
-        from torchaudio.functional import mu_law_decoding
-
-        return mu_law_decoding(torch.from_numpy(self._without_start(tokens)), 256).numpy()
+        samples = torch.from_numpy(self._without_start(tokens))
+        return torchaudio_functional().mu_law_decoding(samples, 256).numpy()
 
     def units(self, raw: Raw) -> int:
         return len(self.waveform(raw))
@@ -484,6 +480,22 @@ class Audio(Codec):
         return _AudioDecoder(self)
 
 
+def torchaudio_functional() -> Any:
+    """The module ``torchaudio.functional``.
+
+    Raises OSError where the installed torchaudio was built for another torch.
+    """
+    try:
+        from torchaudio import functional
+    except (ImportError, OSError, RuntimeError) as error:
+        raise OSError(
+            f"sound needs torchaudio, and the one that is installed does not load beside torch "
+            f"{torch.__version__}; install releases that belong together: "
+            'python3 -m pip install "torch>=2.11,<2.13" "torchaudio>=2.11,<2.11.1"'
+        ) from error
+    return functional
+
+
 def check_rate(rate: int) -> None:
     """Raise ValueError for a sampling rate that no sound has."""
     least, most = RATES
@@ -493,8 +505,6 @@ def check_rate(rate: int) -> None:
 
 def _resampled(wave: np.ndarray, rate: int, own: int) -> np.ndarray:
     """float32 (samples,) at ``rate`` → (samples·own/rate,). The filter grows with both terms."""
-    from torchaudio.functional import resample
-
     check_rate(rate)
     low, high = sorted((rate, own))
     ratio = Fraction(low, high).limit_denominator(FINEST)
@@ -503,7 +513,7 @@ def _resampled(wave: np.ndarray, rate: int, own: int) -> np.ndarray:
     old, new = ratio.numerator, ratio.denominator
     if rate > own:
         old, new = new, old
-    return resample(torch.from_numpy(wave), old, new).numpy()
+    return torchaudio_functional().resample(torch.from_numpy(wave), old, new).numpy()
 
 
 class _AudioDecoder(Decoder):

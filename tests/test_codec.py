@@ -1,7 +1,11 @@
 """Codecs: raw to tokens and back without loss, and the same piece by piece."""
 
+import importlib.abc
 import io
+import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -466,3 +470,23 @@ def test_codec_config_that_fits_no_codec_is_refused(config: dict[str, Any]):
 )
 def test_labels_count_into_the_vocabulary(make: Callable[[tuple[str, ...]], Codec]):
     assert make(("a", "b", "c")).vocab_size == make(()).vocab_size + 3 == 260
+
+
+@pytest.mark.parametrize("error", [OSError("undefined symbol"), RuntimeError("other CUDA")])
+def test_a_torchaudio_of_another_torch_is_told_with_what_belongs_together(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            if fullname == "torchaudio":
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(OSError, match="does not load beside torch") as told:
+        Audio(8000).encode(np.zeros(3, np.float32))
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    pins = [p for p in project["dependencies"] if p.startswith("torch")]
+    assert len(pins) == 2
+    assert all(f'"{pin}"' in str(told.value) for pin in pins)

@@ -132,6 +132,12 @@ class PictureBatches:
 class ClipBatches:
     """Clips of similar length together, their label as start token, the boundary as last target.
 
+    A clip longer than ``length`` is as many sequences as it has lengths: one at its beginning, one
+    at its end, the others anywhere, anew each epoch. One that does not begin with the clip reads
+    the label, the level and ``context`` samples, and predicts what follows: nothing is learned as
+    if the clip began there. With durations it would have to be told how much of the clip has
+    passed; of clips with them the beginning alone is trained.
+
     In the stream every clip begins with its start token. A tenth of them have "any" instead; of
     those with a part of a class ("7_jackson"), three tenths more have the class ("7").
 
@@ -158,49 +164,70 @@ class ClipBatches:
         seed: int,
         noise: float = 0.0,
         fade: float = 0.0,
+        context: int = 0,
     ) -> None:
         self.stream, self.codec, self.batch_size, self.seed = stream, codec, batch_size, seed
-        self.noise, self.fade = noise, fade
-        self.begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
-        ends = np.append(self.begins[1:], len(stream))
-        self.lengths = np.minimum(ends - self.begins, length)  # samples and the end, if it fits
-        self.ended = ends - self.begins <= length
+        self.noise, self.fade, self.context = noise, fade, context
+        begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
+        whole = np.append(begins[1:], len(stream)) - begins  # the opening, the samples and the end
+        self.too_long = int((whole > length).sum())
+        parts = np.ones_like(whole) if codec.durations else -(-whole // length)
+        self.begins, self.parts = np.repeat(begins, parts), np.repeat(parts, parts)
+        self.part = np.arange(len(self.begins)) - np.repeat(parts.cumsum() - parts, parts)
+        self.lengths = np.repeat(np.minimum(whole, length), parts)
+        self.beyond = np.repeat(whole, parts) - self.lengths  # so much later the last part begins
         n = len(self.begins)
         together = min(self.group * batch_size, n // batch_size * batch_size)
         if together == 0:
-            raise ValueError(f"a batch of {batch_size} needs more than {n} clips")
+            raise ValueError(
+                f"a batch of {batch_size} needs as many clips, or parts of {length} tokens of "
+                f"longer ones; got {n}"
+            )
         self.shuffled = _Shuffled(n, together, seed)
 
     def batch(self, step: int) -> Batch:
         per_group = self.shuffled.size // self.batch_size
         turn, at = divmod(step, per_group)
-        chosen = sorted(self.shuffled.indices(turn), key=self.lengths.__getitem__)
+        chosen = np.array(sorted(self.shuffled.indices(turn), key=self.lengths.__getitem__))
         order = _random(self.seed, turn, 1).permutation(per_group)
         random = _random(self.seed, step, 2)
         members = chosen[order[at] * self.batch_size : (order[at] + 1) * self.batch_size]
-        longest = int(max(self.lengths[i] for i in members))
-        tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
-        weights = torch.zeros(self.batch_size, longest)
-        for row, i in enumerate(members):
-            begin, n = int(self.begins[i]), int(self.lengths[i])
-            samples = self.stream[begin + 1 : begin + 1 + n - int(self.ended[i])]
-            tokens[row, 0] = self._start(int(self.stream[begin]), random.random())
-            tokens[row, 1 : len(samples) + 1] = torch.from_numpy(samples.astype(np.int64))
+        later = self._later(members, _random(self.seed, step, 6))
+        lengths, opening = self.lengths[members], self.codec.opening
+        tokens = torch.full((self.batch_size, int(lengths.max()) + 1), self.codec.boundary)
+        weights = torch.zeros(self.batch_size, int(lengths.max()))
+        for row, (i, n) in enumerate(zip(members, lengths, strict=True)):
+            head = int(self.begins[i]) + 1 + opening
+            first = head + int(later[row])
+            ended = later[row] == self.beyond[i]
+            told = self.stream[head - opening : head]
+            samples = self.stream[first : first + n - opening - int(ended)]
+            tokens[row, 0] = self._start(int(self.stream[head - opening - 1]), random.random())
+            known = np.concatenate([told, samples]).astype(np.int64)
+            tokens[row, 1 : len(known) + 1] = torch.from_numpy(known)
             weights[row, :n] = 1
-            weights[row, : self.codec.opening] = self.opening_weight
-        if not (self.noise or self.fade or self.codec.opening):
+            weights[row, :opening] = self.opening_weight
+            if later[row]:
+                weights[row, : opening + self.context] = 0
+        if not (self.noise or self.fade or opening):
             return Batch(tokens, weights)
         read = tokens[:, :-1].clone()
         if self.fade:
-            lengths = weights.count_nonzero(1)
-            read = self._faded(read, lengths.numpy(), _random(self.seed, step, 5))
+            read = self._faded(read, lengths, _random(self.seed, step, 5))
         if self.noise:
             read = self._noisy(read, _random(self.seed, step, 3))
-        if n := self.codec.opening:
+        if n := opening:
             chance = torch.from_numpy(_random(self.seed, step, 4).random((self.batch_size, n + 1)))
             everything = chance[:, n:] < torch.where(read[:, :1] == self.codec.boundary, 0.5, 0.05)
             read[:, 1 : n + 1][(chance[:, :n] < 0.05) | everything] = self.codec.boundary
         return Batch(tokens, weights, read)
+
+    def _later(self, members: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """How many samples after the beginning of its clip each of these sequences begins."""
+        beyond, chance = self.beyond[members], random.random(len(members))
+        part, last = self.part[members], self.parts[members] - 1
+        between = 1 + (chance * (beyond - 1)).astype(np.int64)
+        return np.where(part == 0, 0, np.where(part == last, beyond, between))
 
     def _faded(self, tokens: Tensor, lengths: np.ndarray, random: np.random.Generator) -> Tensor:
         """Tokens (B, L), of which samples in a part of every eighth row are quieter."""

@@ -24,6 +24,7 @@ from genssm.token_cache import fingerprint, open_tokens
 
 TOKENIZER = "tokenizer.model"
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
+_LONGEST = {"text": 60_000, "audio": 120_000}  # characters or samples of a validation example
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ def _batches(
     )
     batches = ClipBatches(
         stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise,
-        settings.fade,
+        settings.fade, (settings.first_length or settings.length) // 8,
     )  # fmt: skip
-    if cut := int((~batches.ended).sum()):
+    if batches.too_long and codec.durations:
         warnings.warn(
-            f"{cut} of {len(batches.ended)} clips are longer than length, {settings.length} tokens:"
-            " only their beginnings are trained; set a greater length, or cut the clips",
+            f"{batches.too_long} of {len(batches.begins)} clips are longer than length, "
+            f"{settings.length} tokens, and only their beginnings are trained, since the model is "
+            "told durations; set a greater length, or durations=() to train all of them",
             stacklevel=2,
         )
     return codec, batches.batch
@@ -194,8 +196,8 @@ def _validation_examples(
         raise ValueError("the validation split is empty; put some of the data aside for it")
     count = min(len(examples), most)
     chosen = [examples[i * len(examples) // count] for i in range(count)]
-    if recipe.modality == "text":
-        return [Example(example.raw[:60_000]) for example in chosen]
+    if longest := _LONGEST.get(recipe.modality):
+        return [Example(example.raw[:longest], example.label) for example in chosen]
     return chosen
 
 

@@ -137,21 +137,20 @@ class Recipe:
                 f"image_shape must be that of the pictures, {_commas(codec.shape)}; got "
                 f"{_commas(config.image_shape or ())}"
             )
-        if self.train.length <= codec.opening:
-            raise ValueError(
-                f"length must be more than the {codec.opening} tokens of an opening, got "
-                f"{self.train.length}"
-            )
         self._check_lengths(config)
         return config
 
     def _check_lengths(self, config: ModelConfig) -> None:
-        stride = math.prod(config.pools)
+        stride, opening = math.prod(config.pools), config.opening
         for name in ("length", "first_length"):
             value = getattr(self.train, name)
             if value and value < stride:  # the innermost layers would learn nothing
                 raise ValueError(
                     f"{name} must be at least {stride}, the product of the pools; got {value}"
+                )
+            if value and value <= opening:
+                raise ValueError(
+                    f"{name} must be more than the {opening} tokens of an opening, got {value}"
                 )
 
     def changed(self, settings: dict[str, Any]) -> Recipe:

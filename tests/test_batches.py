@@ -178,12 +178,62 @@ def test_weights_cover_a_clip_and_its_end_but_no_padding():
             assert int(row[0]) in (expected[tuple(row[1:n].tolist())], AUDIO.boundary)
 
 
-def test_clips_longer_than_a_sequence_are_cut_before_their_end():
-    batch = ClipBatches(stream_of(clips(50, 60)), AUDIO, 2, 20, seed=0).batch(0)
+def test_clips_with_durations_are_cut_where_a_sequence_ends():
+    codec = Audio(8000, AUDIO.labels, durations=(20, 60))
+    batch = ClipBatches(stream_of(clips(50, 60), codec), codec, 2, 20, seed=0).batch(0)
     assert batch.tokens.shape == (2, 21)
     assert batch.weights is not None
-    assert bool((batch.weights == 1).all())
-    assert AUDIO.boundary not in batch.tokens[:, 1:]
+    assert bool((batch.weights > 0).all())
+    assert codec.boundary not in batch.tokens[:, 1:]
+    assert batch.tokens[:, 1].tolist() == [codec.duration(60)] * 2
+
+
+RAMPS = [*range(17), *range(40, 60), *range(70, 120), *range(130, 190)]
+LONG = Audio(8000, AUDIO.labels, levels=(-20, 0))
+
+
+@pytest.fixture
+def ramps() -> np.ndarray:
+    """Clips of 17, 20, 50 and 60 samples that are all different: (label, level, samples)."""
+    parts = np.split(np.array(RAMPS), [17, 37, 87])
+    label, level = LONG.start("two"), LONG.boundary + 1
+    return np.concatenate([[label, level, *part] for part in parts]).astype(np.uint16)
+
+
+def test_all_of_a_long_clip_is_trained(ramps: np.ndarray):
+    """Sequences of a level, 19 samples or the end: a long clip's are windows of it."""
+    batches = ClipBatches(ramps, LONG, 2, 20, seed=0, context=3)
+    assert len(batches.begins) == 1 + 2 + 3 + 4  # 18, 21, 51 and 61 samples and ends, and a level
+    begins, ends = {0, 40, 70, 130}, {16, 59, 119, 189}
+    level, seen = LONG.boundary + 1, Counter[int]()
+    for step in range(500):
+        batch = batches.batch(step)
+        assert batch.weights is not None
+        for row, weight in zip(batch.tokens.tolist(), batch.weights.tolist(), strict=True):
+            assert row[0] in (LONG.start("two"), LONG.boundary)
+            assert row[1] == level
+            samples = [token for token in row[2:] if token < LONG.boundary]
+            at = RAMPS.index(samples[0])
+            assert samples == RAMPS[at : at + len(samples)]
+            rest = row[2 + len(samples) :]
+            assert rest == [] or samples[-1] in ends
+            predicted = samples if samples[0] in begins else samples[3:]
+            expected = [float(batches.opening_weight) if samples[0] in begins else 0.0]
+            expected += [0.0] * (len(samples) - len(predicted)) + [1.0] * len(predicted)
+            expected += [1.0] * (rest != []) + [0.0] * (len(rest) - 1)  # the end, no padding
+            assert weight == expected
+            seen.update(predicted)
+            seen[LONG.boundary] += rest != []
+    assert set(seen) == {*RAMPS, LONG.boundary}
+    assert seen[LONG.boundary] == 4 * seen[0] == 4 * seen[130]  # each once an epoch
+    inner = [seen[i] for i in range(150, 170)]  # of the clip of four sequences
+    assert min(inner) > 0.5 * max(inner)
+
+
+def test_one_long_clip_makes_batches(ramps: np.ndarray):
+    with pytest.raises(ValueError, match=r"parts of 62 tokens of longer ones; got 1"):
+        ClipBatches(ramps[-62:], LONG, 2, 62, seed=0)
+    assert len(ClipBatches(ramps[-62:], LONG, 4, 20, seed=0).batch(0).tokens) == 4
 
 
 def test_noise_is_read_but_not_predicted():

@@ -530,8 +530,36 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(
 def test_clips_that_do_not_fit_are_counted(data: dict[str, Path], tmp_path: Path):
     """Lengths of 30 … 36 samples, by turns, their opening of two tokens and the end."""
     recipe = RECIPES["audio"].changed({"length": 33})
-    with pytest.warns(UserWarning, match="34 of 40 clips are longer than length, 33 tokens"):
+    with pytest.warns(UserWarning, match="34 of 40 clips are longer than length, 33 tokens, and"):
         prepare(recipe, data["audio"], tmp_path / "out", None, None)
+
+
+def test_one_long_recording_is_trained_in_parts(
+    tmp_path: Path, write_sound: Callable[..., Path], recwarn: pytest.WarningsRecorder
+):
+    """One file a split, without a warning; 84 sequences of 48 samples are an epoch."""
+    recipe = RECIPES["audio"].changed(
+        {"labels": (), "durations": (), "levels": (), "conditioned": False, "steps": 22}
+    )
+    for split in ("train", "validation"):
+        write_sound(tmp_path / "data" / split / "long.wav", 0.9 * np.sin(np.arange(4000) / 5))
+    seen: list[Progress] = []
+    train(recipe, tmp_path / "data", tmp_path / "out", report=seen.append)
+    assert not recwarn.list
+    assert seen[-1].tokens == 22 * 4 * 48
+    assert seen[-1].validation is not None
+    assert seen[-1].validation < 8
+
+
+def test_validation_clips_are_bounded(tmp_path: Path, write_sound: Callable[..., Path]):
+    for split in ("train", "validation"):
+        for i in range(4):
+            write_sound(
+                tmp_path / "data" / split / f"low_{i}.wav", np.zeros(130_000 * (i % 2) + 100)
+            )
+    recipe = RECIPES["audio"].changed({"length": 140_000})
+    prepared = prepare(recipe, tmp_path / "data", tmp_path / "out", None, None)
+    assert [len(e.raw) for e in prepared.validation] == [100, 120_000] * 2
 
 
 def test_length_grows_by_doubling(data: dict[str, Path], tmp_path: Path):

@@ -66,10 +66,10 @@ def sample_to_folder(
     label, _ = next(_blocks(pipe, request.count, prompt))
     _plan(pipe, prompt, replace(request, label=label))  # refuses before the folder is made
     _agree(pipe, folder, request, prompt)
+    blocks = list(_blocks(pipe, request.count, prompt))[rank::processes]
+    _remove_torn(pipe, folder, {i for _, indices in blocks for i in indices})
     drawn = 0
-    for number, (label, indices) in enumerate(_blocks(pipe, request.count, prompt)):
-        if number % processes != rank:
-            continue
+    for label, indices in blocks:
         missing = [i for i in indices if not _file(pipe, folder, i).exists()]
         if not missing:
             continue
@@ -133,6 +133,14 @@ def _blocks(pipe: Pipeline, count: int, prompt: str | None) -> Iterator[tuple[st
 def _file(pipe: Pipeline, folder: Path, index: int) -> Path:
     suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[pipe.modality]
     return folder / f"{index:06}{suffix}"
+
+
+def _remove_torn(pipe: Pipeline, folder: Path, indices: set[int]) -> None:
+    """Remove the temporary files of these samples, whose writer was killed."""
+    for left in folder.glob(f".*-????????{_file(pipe, folder, 0).suffix}"):
+        number = left.name[1:].partition("-")[0]
+        if number.isdecimal() and int(number) in indices:
+            left.unlink(missing_ok=True)
 
 
 def _write(pipe: Pipeline, sample: Sample, path: Path, prompt: str | None) -> None:

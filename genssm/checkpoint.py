@@ -78,6 +78,8 @@ def resolve(name: str | Path) -> Path:
     folder = local_folder(name)
     if folder is not None:
         return folder
+    if name and os.path.isfile(name):  # noqa: PTH113 - a name that no file can have is none
+        raise UnknownModelError(f"{str(name)!r} is a file; give the checkpoint's folder")
     if isinstance(name, Path):
         raise UnknownModelError(f"there is no checkpoint folder {str(name)!r}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -350,7 +352,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with space_for(path):
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+            prefix=f"{_temporary(path)}-", suffix=path.suffix, dir=path.parent
         )
         os.close(handle)
         temporary = Path(name)
@@ -363,11 +365,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> str:
+    """How the temporary file of ``path`` begins; tempfile adds eight characters."""
+    most = 255 - len(os.fsencode(f".-????????{path.suffix}"))  # bytes that a file's name may have
+    return "." + os.fsdecode(os.fsencode(path.stem)[:most])
+
+
 def remove_leftovers(folder: Path, targets: Iterable[str]) -> None:
     """Remove what writers that were killed left beside ``targets``, names (or patterns) of files
     and folders in ``folder``; hidden files of others stay."""
     for target in map(Path, targets):
-        for left in folder.glob(f".{target.stem}-????????{target.suffix}"):  # as tempfile names it
+        for left in folder.glob(f"{_temporary(target)}-????????{target.suffix}"):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:

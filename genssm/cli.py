@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+from genssm.terminal import note, write_nowhere
+
 if TYPE_CHECKING:
     from genssm.engine import Reading
     from genssm.files import Output
@@ -66,7 +68,7 @@ class UsageError(ValueError):
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"genssm: {message}\n")
+    note(f"genssm: {message}")
     raise typer.Exit(code)
 
 
@@ -88,7 +90,7 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             function(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has what it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            write_nowhere(sys.stdout)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except UsageError as error:
@@ -105,11 +107,6 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             _fail("there is not enough memory; make model, batch or length smaller", FAILED)
 
     return wrapped
-
-
-def _note(text: str, quiet: bool = False) -> None:
-    if not quiet:
-        sys.stderr.write(text + "\n")
 
 
 def _say(line: str) -> None:
@@ -259,10 +256,10 @@ def sample(
     try:
         job = _repeated(context) if like else _requested(context)
         pipe, plan = job.pipe, job.plan
-        if save_state is not None:
-            _check_state_file(save_state, out, force, len(plan.indices) == 1 and not job.then)
         count = len(plan.indices) // job.request.rank
         output = files.Output(pipe, out, count, force, job.prompt, job.pause)
+        if save_state is not None:
+            _check_state_file(save_state, output, force, len(plan.indices) == 1 and not job.then)
         sessions = itertools.chain(pipe.batches(plan, job.state), *map(pipe.batches, job.then))
     except CheckpointError:
         raise
@@ -272,15 +269,18 @@ def sample(
     live = pipe.modality == "text" and single and out is None and not as_json
     if live:
         sys.stdout.write(pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)]))
-    waiting = threading.Timer(PATIENCE, _note, [FIRST_USE, quiet or as_json])
+    waiting = threading.Timer(PATIENCE, note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
     if pipe.engine_name.startswith("cpu"):
         waiting.start()
-    drawn, interrupted = _draw(sessions, live, waiting.cancel)
+    drawn, interrupted = _draw(sessions, live, waiting.cancel, to_end=save_state is not None)
     samples = pipe.best([s for session in drawn for s in session.samples()], job.request)
-    _deliver(samples, output, as_json, live)
-    if save_state is not None and drawn:
-        pipe.save_state(drawn[0].reading(), save_state)
+    try:
+        _deliver(samples, output, as_json, live)
+    finally:
+        if save_state is not None and drawn:
+            with files.claimed([save_state], force):
+                pipe.save_state(drawn[0].reading(), save_state)
     if not quiet and not as_json and samples:
         _summarize(samples, output)
     if interrupted:
@@ -290,18 +290,20 @@ def sample(
 def _check_out(out: str | None, as_json: bool) -> None:
     if out == "":
         raise UsageError("--out needs a file, a folder/ or -, got ''")
+    if out == "-" and sys.__stdout__ is None:
+        raise UsageError("--out - writes to stdout, which is closed; give --out a file")
     if out == "-" and as_json:
         raise UsageError("--out - and --json both write to stdout; give --out a file")
 
 
-def _check_state_file(file: Path, out: str | None, force: bool, single: bool) -> None:
+def _check_state_file(file: Path, output: Output, force: bool, single: bool) -> None:
     from genssm.files import check_target
 
     if not single:
         raise UsageError("--save-state keeps one sample; leave --count and --rank at 1")
     check_target(file, force)
-    if out is not None and file.resolve() == Path(out).resolve():
-        raise UsageError("--save-state and --out need a file each")
+    if file.resolve() in [path.resolve() for path in output.paths()]:
+        raise UsageError(f"the state and the sample need a file each, not {str(file)!r} both")
 
 
 def _check_record(record: str | None) -> None:
@@ -310,6 +312,7 @@ def _check_record(record: str | None) -> None:
 
 
 def _sample_to_folder(context: typer.Context, out: Path) -> None:
+    from genssm import files
     from genssm.bulk import sample_to_folder
     from genssm.distributed import processes, rank
     from genssm.request import Request
@@ -328,14 +331,18 @@ def _sample_to_folder(context: typer.Context, out: Path) -> None:
             settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
         request = Request(**{k: v for k, v in settings.items() if v is not None})
         prompt = options["prompt"]
-        if pipe.modality != "text" and prompt not in (None, *pipe.codec.labels, "any"):
+        if prompt == "-" and processes() > 1:
+            raise UsageError("several processes cannot share stdin; give the prompt as a .txt file")
+        if pipe.modality == "text":
+            prompt = files.read_prompt(pipe.codec, prompt, sys.stdin)
+        elif prompt not in (None, *pipe.codec.labels, "any"):
             raise UsageError(f"a folder of samples takes a class as prompt, not {prompt!r}")
     except ValueError as error:
         raise UsageError(str(error)) from error
     quiet = options["quiet"] or rank() > 0
     drawn = sample_to_folder(
         pipe, out, request, prompt, rank=rank(), processes=processes(),
-        report=lambda done, every: _note(f"{done} of {every} samples drawn here", quiet),
+        report=lambda done, every: note(f"{done} of {every} samples drawn here", quiet),
     )  # fmt: skip
     sys.stdout.write(f"{out}  {drawn} samples drawn\n")
 
@@ -411,11 +418,12 @@ def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
 
 
 def _draw(
-    sessions: Iterable[Session], live: bool, begun: Callable[[], None]
+    sessions: Iterable[Session], live: bool, begun: Callable[[], None], to_end: bool = False
 ) -> tuple[list[Session], bool]:
     """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes.
 
-    ``begun`` is called at every piece, and when there is no more.
+    ``begun`` is called at every piece, and when there is no more. With ``to_end`` a reader of the
+    text that has gone ends nothing.
     """
     drawn: list[Session] = []
     try:
@@ -424,8 +432,13 @@ def _draw(
             for _, piece in session:
                 begun()
                 if live:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    try:
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
+                    except BrokenPipeError:
+                        if not to_end:
+                            raise
+                        write_nowhere(sys.stdout)
     except KeyboardInterrupt:
         if not drawn:
             raise
@@ -458,7 +471,7 @@ def _summarize(samples: list[Sample], output: Output) -> None:
     bits = sum(s.bits for s in samples)
     seconds = samples[-1].seconds
     speed = tokens / seconds if seconds else 0.0
-    _note(
+    note(
         f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
         f"{bits / max(1, tokens):.2f} bits/token · {output.pipe.engine_name}"
     )
@@ -652,12 +665,12 @@ def evaluate(
     pipe = load(name).at_rate(rate)
     if samples is not None:
         settings: Settings = {**given, "seed": seed}  # type: ignore[typeddict-item]
-        note = functools.partial(_note, quiet=quiet)
-        facts = evaluate_samples(pipe, data, samples, settings, classifier, note)
+        told = functools.partial(note, quiet=quiet)
+        facts = evaluate_samples(pipe, data, samples, settings, classifier, told)
     else:
         examples = read_examples(data, pipe.codec)
         if (split := split_of(data)) is not None:
-            _note(f"the {split} split of {data}", quiet)
+            note(f"the {split} split of {data}", quiet)
         if classify:
             facts = classification_accuracy(pipe, examples, limit)
         else:
@@ -714,7 +727,7 @@ def classifier(
     parts = (open_split(data, s, codec.modality).examples(codec) for s in ("train", "validation"))
     model, report = train_classifier(
         codec, *parts, epochs=epochs, flip=chosen.train.flip, seed=seed,
-        report=lambda epoch, loss: _note(f"epoch {epoch + 1} of {epochs} · {loss:.4f} nats", quiet),
+        report=lambda epoch, loss: note(f"epoch {epoch + 1} of {epochs} · {loss:.4f} nats", quiet),
     )  # fmt: skip
     save_classifier(model, report, out)
     sys.stdout.write(
@@ -941,8 +954,23 @@ def main() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end
         # So that a terminal of another encoding, or a file's odd name, costs no sample.
         getattr(sys, name).reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_, **__: _note(f"genssm: {message}")
-    app()
+    warnings.showwarning = lambda message, *_, **__: note(f"genssm: {message}")
+    code, problem = OK, None
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code
+    except OSError as error:  # of --help
+        problem = error
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        write_nowhere(sys.stdout)
+        problem = None if code else error  # it has been told
+    if problem is not None:
+        note(f"genssm: {_told(problem)}")
+        code = FAILED
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from tokenize import TokenError
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from zipfile import BadZipFile
@@ -67,8 +67,14 @@ def read_examples(path: Path, codec: Codec, skip: bool = False) -> Iterator[Exam
 def files_at(path: Path) -> list[Path]:
     """The file at ``path``, the files of the folder, or those of a pattern, by name."""
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        files = (file for file in path.rglob("*") if file.is_file())
+        return sorted(file for file in files if not _hidden(file.relative_to(path)))
     return [path] if path.is_file() else sorted(path.parent.glob(path.name))
+
+
+def _hidden(name: PurePath) -> bool:
+    """Whether it is no data: what systems and writers keep beside it begins with a dot."""
+    return any(part.startswith(".") and part != "." for part in name.parts)
 
 
 def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
@@ -253,7 +259,7 @@ def read_clips(path: Path, codec: Audio, skip: bool = False) -> Iterator[Example
         return
 
     def read(name: PurePosixPath, load: Callable[[], bytes]) -> Example:
-        return Example(_whole_sound(load(), codec, str(name)), _sound_label(name, codec))
+        return Example(read_sound(io.BytesIO(load()), codec, str(name)), _sound_label(name, codec))
 
     yield from _readable((partial(read, *member) for member in _members(path, SOUNDS)), skip)
 
@@ -265,24 +271,23 @@ def _sound_label(name: PurePosixPath, codec: Codec) -> str | None:
     return folder if folder and (own is None or codec.broader(own) != folder) else own
 
 
-def _whole_sound(data: bytes, codec: Audio, name: str) -> np.ndarray:
-    wave = read_sound(io.BytesIO(data), codec, name)
-    if _is_cut_short(data):
-        raise ValueError(f"{name!r} is cut short: its header tells of more samples")
-    return wave
-
-
-def _is_cut_short(data: bytes) -> bool:
-    """Whether these are the beginning of a WAV file.
+def _is_cut_short(file: IO[bytes]) -> bool:
+    """Whether this is the beginning of a WAV file.
 
     One that was streamed states no length but 2^31 or 2^32, about; some state 8 bytes too many.
     """
-    stated = int.from_bytes(data[4:8], "little")
-    return data[:4] == b"RIFF" and stated < 2**31 - 2**16 and len(data) < stated
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    stated = int.from_bytes(head[4:], "little")
+    return head[:4] == b"RIFF" and stated < 2**31 - 2**16 and size < stated
 
 
 def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
-    """Decode a sound file to float32 mono (samples,) at the rate of the codec."""
+    """Decode a sound file to float32 mono (samples,) at the rate of the codec.
+
+    Raises ValueError for one that is not readable, too long, or cut short.
+    """
     import soundfile
 
     try:
@@ -294,6 +299,8 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
+    if _is_cut_short(file):
+        raise ValueError(f"{name!r} is cut short: its header tells of more samples")
     try:
         return codec.waveform(wave, sound.samplerate)
     except ValueError as error:
@@ -371,7 +378,7 @@ def examples_of_rows(
         label = label if label in codec.labels else None
         if isinstance(codec, Image):
             return Example(_fitting_picture(data, codec, name), label)
-        return Example(_whole_sound(data, codec, name), label)
+        return Example(read_sound(io.BytesIO(data), codec, name), label)
 
     yield from _readable((partial(read, i, row) for i, row in enumerate(rows)), skip)
 
@@ -399,21 +406,20 @@ def _members(
         return
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in suffixes and not file.is_dir():
+            name = file.relative_to(path)
+            if file.suffix.lower() in suffixes and not (file.is_dir() or _hidden(name)):
                 found = True
-                yield (
-                    PurePosixPath(*file.relative_to(path).parts),
-                    partial(_bytes, file, file.read_bytes),
-                )
+                yield PurePosixPath(*name.parts), partial(_bytes, file, file.read_bytes)
     else:
         try:
             with tarfile.open(path) as archive:
                 for member in _all_members(archive):
-                    if member.isfile() and member.name.lower().endswith(suffixes):
+                    name = PurePosixPath(member.name)
+                    if member.isfile() and name.suffix.lower() in suffixes and not _hidden(name):
                         found = True
                         file = archive.extractfile(member)
                         assert file is not None
-                        yield PurePosixPath(member.name), partial(_bytes, member.name, file.read)
+                        yield name, partial(_bytes, member.name, file.read)
         except _DAMAGES as error:
             reason = str(error).partition("\n")[0].rstrip(":")  # without a line for each format
             raise ValueError(f"{str(path)!r} is not a readable tar archive: {reason}") from error

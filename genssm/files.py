@@ -8,6 +8,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -51,10 +52,12 @@ def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
 def _read_text(prompt: str, stdin: TextIO) -> str:
     try:
         if prompt.endswith(".txt"):
-            return Path(prompt).read_text(encoding="utf-8")
-        text = stdin.read() if prompt == "-" else prompt
-        text.encode("utf-8", "surrogateescape").decode()  # bytes that were none came as surrogates
-        return text
+            content = Path(prompt).read_bytes()
+        elif prompt == "-":
+            content = stdin.buffer.read()
+        else:  # bytes that the locale does not know came as surrogates
+            content = prompt.encode("utf-8", "surrogateescape")
+        return content.decode()
     except OSError as error:
         raise ValueError(f"cannot read the prompt {prompt!r}: {error.strerror}") from error
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
@@ -144,6 +147,30 @@ def check_target(path: Path, force: bool) -> None:
         ) from error
 
 
+@contextmanager
+def claimed(paths: Sequence[Path], force: bool) -> Iterator[None]:
+    """Keep files for the body to write, unless they may be replaced.
+
+    Raises FileExistsError, before the body, if one is there: another process may have made it since
+    ``check_target``.
+    """
+    made: list[Path] = []
+    try:
+        for path in () if force else paths:
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError as error:
+                raise FileExistsError(
+                    f"{str(path)!r} has been made meanwhile; use --force to overwrite it"
+                ) from error
+            made.append(path)
+        yield
+    finally:
+        for path in made:
+            if path.exists() and path.stat().st_size == 0:  # the body did not write it
+                path.unlink()
+
+
 class Output:
     """Where the samples of one command go: decided, and refused, before anything is drawn.
 
@@ -169,11 +196,16 @@ class Output:
             self.target = self._unused(suffixes[0])
         if out == "-" and pipe.modality == "audio" and count > 1:
             raise ValueError("several clips cannot share stdout; give --out FILE or --count 1")
+        self.force, self.named = force, out is not None
         for path in self.paths():
             check_target(path, force)
+        if isinstance(pipe.codec, Audio):  # refused now, not when all is drawn
+            self._sound(np.zeros(1, np.float32))
 
     def _unused(self, suffix: str) -> Path:
-        stem, n = Path(self.pipe.name).name, 1
+        folder = Path(self.pipe.name)
+        stem = folder.name if folder.name not in ("", "..") else folder.resolve().name
+        n = 1
         while any(p.exists() for p in self._numbered(Path(f"{stem}-{n}{suffix}"))):
             n += 1
         return Path(f"{stem}-{n}{suffix}")
@@ -196,23 +228,45 @@ class Output:
             for content in contents:
                 sys.stdout.buffer.write(content)
             return ["-"] * len(samples)
-        paths = self.paths()[: len(contents)]
-        for path, content in zip(paths, contents, strict=True):
-            replace_file(path, lambda file, content=content: file.write_bytes(content))
+        with ExitStack() as claims:
+            paths = self._claim(len(contents), claims)
+            for path, content in zip(paths, contents, strict=True):
+                replace_file(path, lambda file, content=content: file.write_bytes(content))
         names: list[str | None] = [str(p) for p in paths]
         return names if len(names) == len(samples) else names * len(samples)
+
+    def _claim(self, count: int, claims: ExitStack) -> list[Path]:
+        """The first files, claimed; of other names if a process has taken those of our own."""
+        while True:
+            paths = self.paths()[:count]
+            try:
+                claims.enter_context(claimed(paths, self.force))
+                return paths
+            except FileExistsError:
+                if self.named:
+                    raise
+                assert isinstance(self.target, Path)
+                self.target = self._unused(self.target.suffix)
 
     def _contents(self, samples: list[Sample]) -> list[bytes]:
         codec = self.pipe.codec
         if isinstance(codec, Image):
             return [self._noted(png(grid([s.raw for s in samples])), samples)]
         if isinstance(codec, Audio):
-            assert isinstance(self.target, Path | str)
-            kind = (Path(self.target).suffix.lower() or ".wav").removeprefix(".")
             if self.pause is not None:
-                return [sounds_in_a_row(self.pipe, samples, self.pause, self.prompt, kind)]
-            return [self._noted(sound(s.raw, codec.rate, kind), [s]) for s in samples]
+                return [sounds_in_a_row(self.pipe, samples, self.pause, self.prompt, self._kind)]
+            return [self._noted(self._sound(s.raw), [s]) for s in samples]
         return ["".join(f"{s.raw}\n" for s in samples).encode()]
+
+    @property
+    def _kind(self) -> str:
+        """Of a sound file: wav, flac or ogg."""
+        assert self.target is not None
+        return (Path(self.target).suffix.lower() or ".wav").removeprefix(".")
+
+    def _sound(self, wave: np.ndarray) -> bytes:
+        assert isinstance(self.pipe.codec, Audio)
+        return sound(wave, self.pipe.codec.rate, self._kind)
 
     def _noted(self, content: bytes, samples: list[Sample]) -> bytes:
         return noted(content, self.pipe.recipe(samples, self.prompt))
@@ -304,11 +358,19 @@ def png(array: np.ndarray) -> bytes:
 
 
 def sound(wave: np.ndarray, rate: int, file_format: str) -> bytes:
-    """float32 (samples,) as a 16-bit sound file ("wav", "flac" or "ogg")."""
+    """float32 (samples,) as a 16-bit sound file ("wav", "flac" or "ogg").
+
+    Raises ValueError for a sampling rate that such a file cannot have.
+    """
     import soundfile
 
     buffer: IO[bytes] = io.BytesIO()
-    soundfile.write(buffer, wave, rate, format=file_format)
+    try:
+        soundfile.write(buffer, wave, rate, format=file_format)
+    except soundfile.SoundFileError as error:
+        raise ValueError(
+            f"a {file_format} file cannot hold sound of {rate} Hz; write a .wav file"
+        ) from error
     return buffer.getvalue()  # type: ignore[attr-defined]
 
 

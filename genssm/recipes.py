@@ -94,6 +94,7 @@ class TrainConfig:
         return min(self.length, self.first_length * 2 ** int(doublings * progress / self.grow))
 
 
+_MOST_LAYERS = 1000
 # Settings of a model that are numbers in a row: one a level, say.
 _LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
 # Settings of a model that follow from its codec and its training.
@@ -176,6 +177,10 @@ class Recipe:
         changed = replace(self, codec=codec, model=model, train=replace(self.train, **train))
         config = ModelConfig(vocab_size=2, n_outputs=2, l_max=changed.train.length, **model)
         changed._check_lengths(config)
+        if sum(config.n_layers) > _MOST_LAYERS:
+            raise ValueError(
+                f"n_layers must be at most {_MOST_LAYERS} in all, got {sum(config.n_layers)}"
+            )
         return changed
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
@@ -65,14 +66,15 @@ def train(
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes must be at least 0, got {minutes}")
     begun = _begin(recipe, out, resume, start)
-    with joined() as world, _alone(out, world), _interruption() as interrupted:
+    with joined() as world, _alone(out, world), _Interruption() as interruption:
         check_parts(recipe.train.batch_size, recipe.train.accumulate, world)
         _holds_training(out, resume)  # another may have come and gone meanwhile
         training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
         step = training.state.counters.step
         with open_log(out, step, tensorboard) if world.leads else nullcontext() as log:
-            stopped = _loop(training, minutes_of, interrupted, log, report)
+            interruption.waits = True
+            stopped = _loop(training, minutes_of, lambda: interruption.came, log, report)
         target, best = training.target, training.state.counters.best
         del training  # before the processes part
     if stopped:
@@ -356,22 +358,29 @@ class _Training:
         )
 
 
-@contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a question the loop can ask; a second one ends at once."""
-    caught: list[int] = []
+class _Interruption:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, and back when it is left.
 
-    def handle(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
+    While it ``waits``, the first one is a question that the loop can ask: whether it ``came``.
+    """
 
-    try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are its caller's business
-        previous = {}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in previous.items():
+    def __init__(self) -> None:
+        self.came, self.waits = False, False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: signals are its caller's business
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.came or not self.waits:
+            raise KeyboardInterrupt
+        self.came = True

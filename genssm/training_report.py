@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from genssm.codec import Audio, Image, Text
+from genssm.terminal import note, write_nowhere
 from genssm.training_log import Progress
 
 _UNITS = {codec.modality: codec.unit for codec in (Text, Image, Audio)}
@@ -33,9 +34,7 @@ def reporter(name: str, modality: str, quiet: bool) -> Iterator[Callable[[Progre
     if quiet:
         yield lambda progress: None
     elif not sys.stderr.isatty():
-        yield lambda progress: print(  # noqa: T201
-            f"{name}: {describe(progress, modality)}", file=sys.stderr, flush=True
-        )
+        yield lambda progress: note(f"{name}: {describe(progress, modality)}")
     else:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
@@ -47,10 +46,12 @@ def reporter(name: str, modality: str, quiet: bool) -> Iterator[Callable[[Progre
             task = bar.add_task("starting", total=1.0)
 
             def report(progress: Progress) -> None:
-                if progress.validation is not None:
-                    console.print(f"{name}: {describe(progress, modality)}")
-                bar.update(
-                    task, completed=progress.fraction, description=describe(progress, modality)
-                )
+                line = describe(progress, modality)
+                try:
+                    if progress.validation is not None:
+                        console.print(f"{name}: {line}")
+                    bar.update(task, completed=progress.fraction, description=line)
+                except OSError:  # a training outlives its terminal
+                    write_nowhere(sys.stderr)
 
             yield report

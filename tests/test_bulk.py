@@ -109,6 +109,21 @@ def test_what_is_there_is_not_drawn_again_and_more_can_be_added(
     assert contents(out) == contents(whole)
 
 
+def test_what_a_killed_writer_left_is_removed_by_who_draws_it_again(
+    pipes: dict[str, Pipeline], tmp_path: Path
+):
+    """Of two processes each leaves alone what the other may be writing."""
+    pipe = pipes["image"]
+    sample_to_folder(pipe, tmp_path, replace(REQUEST, count=1), None)
+    for name in (".000000-abcd_123.png", ".000009-abcd_123.png", ".mine.png"):
+        (tmp_path / name).touch()
+    sample_to_folder(pipe, tmp_path, REQUEST, None, rank=0, processes=2)
+    hidden = [p.name for p in tmp_path.glob(".*")]
+    assert sorted(hidden) == [".000009-abcd_123.png", ".mine.png"]
+    sample_to_folder(pipe, tmp_path, REQUEST, None, rank=1, processes=2)
+    assert [p.name for p in tmp_path.glob(".*")] == [".mine.png"]
+
+
 @pytest.mark.parametrize(
     ("request_", "prompt"),
     [

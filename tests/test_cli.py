@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import genssm
@@ -278,6 +280,27 @@ def test_score_says_bits_in_total_and_per_unit(run, folders) -> None:
     assert stdin == facts
 
 
+@pytest.mark.parametrize("command", [["sample", "--prompt"], ["score"]])
+def test_sound_that_is_cut_short_is_refused(
+    run, folders, tmp_path, write_sound, command: list[str]
+) -> None:
+    whole = write_sound(tmp_path / "whole.wav", np.zeros(80)).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:-90])
+    assert run(*command, "whole.wav", "-m", folders["audio"]).exit_code == 0
+    refused = run(*command, "cut.wav", "-m", folders["audio"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "'cut.wav' is cut short: its header tells of more samples" in refused.stderr
+
+
+def test_bytes_need_a_stdout(folders) -> None:
+    command = [*COMMAND, "sample", "-m", folders["image"], "-p", "dog", "-o", "-"]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert b"stdout, which is closed; give --out a file" in done.stderr
+
+
 def test_score_classifies(run, folders, tmp_path, write_picture) -> None:
     write_picture(tmp_path / "a.png", np.zeros((4, 3, 3), np.uint8))
     facts = json.loads(run("score", "a.png", "-m", folders["image"], "--classify", "--json").stdout)
@@ -298,10 +321,152 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
     assert units == [80, 160]
 
 
+def test_a_folder_of_texts_takes_a_prompt_as_one_sample_does(run, folders, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("The fox")
+    for out, (prompt, stdin) in {"a": ("p.txt", None), "b": ("-", "The fox")}.items():
+        made = ("-m", folders["text"], "-p", prompt, "--max-tokens", 2, "-o", f"{out}/")
+        assert run("sample", *made, stdin=stdin).exit_code == 0
+        assert (tmp_path / out / "000000.txt").read_text().startswith("The fox")
+    run("sample", "-m", folders["text"], "-p", "The fox", "--max-tokens", 2, "-o", "c/")
+    assert len({(tmp_path / f / "000000.txt").read_bytes() for f in "abc"}) == 1
+
+
+def test_several_processes_share_no_stdin(run, folders, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    refused = run("sample", "-m", folders["text"], "-p", "-", "-o", "a/", stdin="The fox")
+    assert (refused.exit_code, Path("a").exists()) == (2, False)
+    assert "several processes cannot share stdin" in refused.stderr
+
+
+def test_a_text_has_the_ends_of_lines_that_its_file_has(run, folders, tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\r\n")
+    scored = [
+        run("score", source, "-m", folders["text"], "--json", stdin=stdin).stdout
+        for source, stdin in (("a.txt", None), ("-", b"a\r\nb\r\n"), ("a\r\nb\r\n", None))
+    ]
+    assert len(set(scored)) == 1
+    assert json.loads(scored[0])["units"] == 6
+
+
+def test_a_prompt_is_text_whatever_the_locale(folders) -> None:
+    made = {}
+    for source, stdin in (("café", b""), ("-", "café".encode())):
+        for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONUTF8": "1"}):
+            done = subprocess.run(
+                [*COMMAND, "score", source, "-m", folders["text"]],
+                input=stdin, capture_output=True, check=True, env=os.environ | locale,
+            )  # fmt: skip
+            made[source, locale["PYTHONUTF8"]] = done.stdout
+    assert len(made) == 4
+    assert len(set(made.values())) == 1
+
+
+def test_the_state_is_kept_when_the_reader_of_the_text_has_gone(folders, tmp_path) -> None:
+    made = ("-m", folders["text"], "-p", "The", "--max-tokens", 400, "--seed", 5, "-q")
+    for kept, after in (("a", " | head -c 5"), ("b", " > b.txt")):
+        command = [*COMMAND, "sample", *map(str, made), "--save-state", kept]
+        subprocess.run(
+            ["sh", "-c", f'"$@"{after}', "sh", *command], cwd=tmp_path, check=True,
+            env={**os.environ, "PYTHONPATH": str(Path(genssm.__file__).parents[1])},
+        )  # fmt: skip
+    kept, whole = (load_file(tmp_path / name) for name in "ab")
+    assert kept.keys() == whole.keys()
+    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"]])
+def test_a_full_disk_under_stdout_is_one_sentence(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No space left" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_notes_costs_no_sample(folders) -> None:
+    made = ["sample", "-m", folders["text"], "-p", "The fox", "--max-tokens", "2"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, *made], stderr=full, stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout[:7]) == (0, b"The fox")
+
+
+@pytest.mark.parametrize("out", [(), ("-o", "a.png")])
+def test_a_file_of_another_process_is_not_lost(
+    run, folders, tmp_path, monkeypatch, out: tuple[str, ...]
+) -> None:
+    """It appears while ours is drawn: an own name gives way, a given one is refused."""
+    theirs = tmp_path / (out[1] if out else "image-1.png")
+
+    def draw(*arguments: Any, **options: Any) -> Any:
+        theirs.write_bytes(b"theirs")
+        return _draw(*arguments, **options)
+
+    monkeypatch.setattr("genssm.cli._draw", draw)
+    made = run("sample", "-m", folders["image"], "-p", "dog", *out)
+    assert theirs.read_bytes() == b"theirs"
+    if out:
+        assert (made.exit_code, made.stdout) == (2, "")
+        assert "'a.png' has been made meanwhile; use --force" in made.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+        assert run("sample", "-m", folders["image"], "-p", "dog", *out, "--force").exit_code == 0
+        assert theirs.read_bytes() != b"theirs"
+    else:
+        assert (made.exit_code, made.stdout) == (0, "image-2.png\n")
+        assert (tmp_path / "image-2.png").stat().st_size > 0
+
+
+def test_a_sample_that_cannot_be_written_leaves_no_empty_file(
+    run, folders, tmp_path, monkeypatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("genssm.files.replace_file", full)
+    made = run("sample", "-m", folders["audio"], "-n", 2, "--seconds", 0.01, "-o", "a.wav")
+    assert (made.exit_code, list(tmp_path.iterdir())) == (1, [])
+
+
+def test_a_state_is_not_written_in_the_place_of_its_sample(run, folders, tmp_path) -> None:
+    made = run("sample", "-m", folders["audio"], "--save-state", "audio-1.wav", "--seconds", 0.01)
+    assert (made.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "the state and the sample need a file each" in made.stderr
+
+
+def test_rates_that_a_format_cannot_hold_are_refused_before_the_sample(
+    run, folders, monkeypatch
+) -> None:
+    monkeypatch.delattr("genssm.cli._draw")
+    made = ("-m", folders["audio"], "--rate", 0.0417, "--seconds", 0.01, "-o", "a.flac")
+    refused = run("sample", *made)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "a flac file cannot hold sound of 191847 Hz; write a .wav file" in refused.stderr
+
+
+def test_files_may_have_the_longest_names(run, folders, tmp_path) -> None:
+    names = ["é" * 125 + ".png", "s" * 255]
+    made = ("-p", "dog", "-o", names[0], "--save-state", names[1])
+    assert run("sample", "-m", folders["image"], *made).exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_a_file_is_named_by_the_folder_of_its_model(
+    run, folders, tmp_path, monkeypatch, name: str
+) -> None:
+    shutil.copytree(folders["image"], tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("sample", "-m", name, "-p", "dog").stdout == "here-1.png\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["sample", "-m", "wikki"], 2, "did you mean 'wiki'?"),
+        (["sample", "-m", "./notes.png"], 2, "'./notes.png' is a file; give the checkpoint's"),
         (["sample", "-m", "IMAGE", "-p", "bird"], 2, "neither a file nor a class"),
         (["sample", "-m", "IMAGE", "-p", "notes.png"], 2, "'notes.png' is not a readable picture"),
         (["sample", "-m", "AUDIO", "-p", "notes.png"], 2, "is not a readable sound file"),
@@ -344,7 +509,7 @@ def test_evaluate_says_what_another_rate_costs(run, folders, tmp_path, write_sou
         (
             ["sample", "-m", "TEXT", "-o", "a.txt", "--save-state", "./a.txt"],
             2,
-            "--save-state and --out need a file each",
+            "the state and the sample need a file each",
         ),
         (["sample", "-m", "IMAGE", "-o", "-", "--json"], 2, "both write to stdout"),
         (["evaluate", "TEXT", "--data", ".", "--record", ""], 2, "--record needs a name"),

@@ -55,6 +55,20 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_a_training_outlives_the_reader_of_its_report(tmp_path: Path):
+    command = [
+        sys.executable, "-m", "genssm", "train", "digits", "--data", "data", "-o", "out",
+        *SETTINGS, "--set", "steps=4",
+    ]  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&1 | true', "sh", *command], cwd=tmp_path, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
+    assert (tmp_path / "out" / "state.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_fill_a_folder(tmp_path: Path, run):
     done = launch("train", "digits", "--data", "data", "-o", "out", "--set", "steps=3",

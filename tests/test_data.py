@@ -311,6 +311,23 @@ def test_clips_are_read_from_an_archive_as_from_the_folder(tmp_path: Path, write
     assert_same_examples(from_archive, list(read_clips(folder, AUDIO)))
 
 
+def test_hidden_files_are_no_data(tmp_path: Path, write_sound: Write):
+    """Those that macOS keeps beside every file, of a killed writer, in a hidden folder."""
+    folder = tmp_path / ".cache" / "train"
+    write_sound(folder / "one.wav", np.zeros(5))
+    for name in ("._one.wav", ".two-abcdefgh.wav", ".trash/three.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no sound")
+    archive = tmp_path / "train.tar"
+    with tarfile.open(archive, "w") as file:
+        file.add(folder, arcname=".")
+    for source in (folder, archive):
+        assert [len(e.raw) for e in read_examples(source, AUDIO)] == [5]
+    (folder / "a.txt").write_text("seen")
+    (folder / ".b.txt").write_text("not seen")
+    assert list(read_documents(folder)) == ["seen"]
+
+
 def test_one_clip_is_resampled_and_mixed_down(tmp_path: Path, write_sound: Write):
     path = write_sound(tmp_path / "one_a.wav", np.tile([[0.5, 0.1]], (1600, 1)), 16_000)
     (example,) = read_clips(path, AUDIO)

@@ -142,6 +142,11 @@ def test_a_sequence_is_longer_than_its_opening():
         recipe.model_config(build_codec(recipe))
 
 
+def test_more_layers_than_any_model_has_are_refused():
+    with pytest.raises(ValueError, match="n_layers must be at most 1000 in all, got 1001"):
+        RECIPES["cifar10"].changed({"n_layers": (1, 1000, 0)})
+
+
 def test_positions_are_those_of_the_pictures():
     recipe = RECIPES["cifar10"].changed({"height": 16, "width": 16})
     with pytest.raises(ValueError, match="that of the pictures, 16,16,3; got 32,32,3"):

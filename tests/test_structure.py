@@ -12,6 +12,7 @@ import genssm
 # From the ground up. A module may import from those before it.
 ORDER = (
     "settings",
+    "terminal",
     "distributed",
     "ssm",
     "hippo",

@@ -196,6 +196,25 @@ def test_interrupted_and_resumed_training_equals_the_uninterrupted_one(
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_while_data_are_prepared_ends_at_once(
+    number: int, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is there to be saved; and the training can be begun again."""
+    after = []
+
+    def prepared(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        after.append(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("genssm.train.prepare", prepared)
+        with pytest.raises(KeyboardInterrupt):
+            train(RECIPES["text"], data["text"], tmp_path / "out")
+    assert after == []
+    train(RECIPES["text"], data["text"], tmp_path / "out")
+
+
 def test_killed_training_goes_on_from_its_last_save(data: dict[str, Path], tmp_path: Path):
     recipe, source = RECIPES["text"], data["text"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -136,7 +136,8 @@ class ClipBatches:
     at its end, the others anywhere, anew each epoch. One that does not begin with the clip reads
     the label, the level and ``context`` samples, and predicts what follows: nothing is learned as
     if the clip began there. With durations it would have to be told how much of the clip has
-    passed; of clips with them the beginning alone is trained.
+    passed; of clips with them the beginning alone is trained. Batches are padded to ``least``
+    tokens.
 
     In the stream every clip begins with its start token. A tenth of them have "any" instead; of
     those with a part of a class ("7_jackson"), three tenths more have the class ("7").
@@ -165,9 +166,10 @@ class ClipBatches:
         noise: float = 0.0,
         fade: float = 0.0,
         context: int = 0,
+        least: int = 1,
     ) -> None:
         self.stream, self.codec, self.batch_size, self.seed = stream, codec, batch_size, seed
-        self.noise, self.fade, self.context = noise, fade, context
+        self.noise, self.fade, self.context, self.least = noise, fade, context, least
         begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
         whole = np.append(begins[1:], len(stream)) - begins  # the opening, the samples and the end
         self.too_long = int((whole > length).sum())
@@ -194,8 +196,9 @@ class ClipBatches:
         members = chosen[order[at] * self.batch_size : (order[at] + 1) * self.batch_size]
         later = self._later(members, _random(self.seed, step, 6))
         lengths, opening = self.lengths[members], self.codec.opening
-        tokens = torch.full((self.batch_size, int(lengths.max()) + 1), self.codec.boundary)
-        weights = torch.zeros(self.batch_size, int(lengths.max()))
+        longest = max(int(lengths.max()), self.least)
+        tokens = torch.full((self.batch_size, longest + 1), self.codec.boundary)
+        weights = torch.zeros(self.batch_size, longest)
         for row, (i, n) in enumerate(zip(members, lengths, strict=True)):
             head = int(self.begins[i]) + 1 + opening
             first = head + int(later[row])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def _batches(
     )
     batches = ClipBatches(
         stream, codec, settings.batch_size, settings.length, settings.seed, settings.noise,
-        settings.fade, (settings.first_length or settings.length) // 8,
+        settings.fade, context=(settings.first_length or settings.length) // 8,
+        least=math.prod(recipe.model.get("pools", ())),  # of fewer an inner level reads nothing
     )  # fmt: skip
     if batches.too_long and codec.durations:
         warnings.warn(

@@ -6,6 +6,7 @@ import copy
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -224,7 +225,9 @@ class _Training:
             recipe.model_config(build_codec(recipe))
         resumed = training_state.exists(out)
         given = kept_tokenizer(recipe, out) if resumed else start.codec if start else None
-        with world.leader_first():
+        with world.leader_first(), warnings.catch_warnings():
+            if not world.leads:  # what rank 0 has told
+                warnings.simplefilter("ignore")
             self.data = prepare(recipe, data, out, given, validation_limit)
         torch.manual_seed(settings.seed)
         model = SequenceModel(recipe.model_config(self.data.codec))

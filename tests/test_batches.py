@@ -178,6 +178,13 @@ def test_weights_cover_a_clip_and_its_end_but_no_padding():
             assert int(row[0]) in (expected[tuple(row[1:n].tolist())], AUDIO.boundary)
 
 
+def test_a_batch_of_short_clips_is_padded_for_the_innermost_level():
+    batch = ClipBatches(stream_of(clips(3, 4)), AUDIO, 2, 100, seed=0, least=16).batch(0)
+    assert batch.tokens.shape == (2, 17)
+    assert batch.weights is not None
+    assert sorted(batch.weights.sum(1).tolist()) == [4, 5]
+
+
 def test_clips_with_durations_are_cut_where_a_sequence_ends():
     codec = Audio(8000, AUDIO.labels, durations=(20, 60))
     batch = ClipBatches(stream_of(clips(50, 60), codec), codec, 2, 20, seed=0).batch(0)

@@ -81,6 +81,8 @@ def test_one_number_stands_for_a_tuple_of_one():
         ("pools=4", "one entry a level"),
         ("layer=s5", "layer is one of lssl, s4,"),
         ("d_state=7", "d_state is 2, 4"),
+        ("layer_settings={'rnak': 2}", "a layer 's4d' has no setting rnak; it has"),
+        ("layer_settings={'decay': 'slow'}", "decay must be one of"),
     ],
 )
 def test_settings_that_no_model_can_have_are_refused_at_once(pair: str, message: str):

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 import warnings
@@ -15,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from tokenize import TokenError
-from typing import IO, Any, BinaryIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, NoReturn, TypeVar, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -67,14 +68,28 @@ def read_examples(path: Path, codec: Codec, skip: bool = False) -> Iterator[Exam
 def files_at(path: Path) -> list[Path]:
     """The file at ``path``, the files of the folder, or those of a pattern, by name."""
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file())
-        return sorted(file for file in files if not _hidden(file.relative_to(path)))
+        return [file for file in _names_in(path) if file.is_file()]
     return [path] if path.is_file() else sorted(path.parent.glob(path.name))
 
 
-def _hidden(name: PurePath) -> bool:
+def _hidden(name: str) -> bool:
     """Whether it is no data: what systems and writers keep beside it begins with a dot."""
-    return any(part.startswith(".") and part != "." for part in name.parts)
+    return name.startswith(".")
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise ValueError(f"the folder {error.filename!r} is not readable: {error.strerror}") from error
+
+
+def _names_in(folder: Path) -> list[Path]:
+    """All that is in a folder, and in those that are linked in it, but folders and the hidden."""
+    found, known = [], {folder.resolve()}
+    for root, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        places = {name: Path(root, name).resolve() for name in folders if not _hidden(name)}
+        folders[:] = [name for name, place in places.items() if place not in known]
+        known.update(places.values())  # a link to where we have been has no end
+        found += [Path(root, name) for name in files if not _hidden(name)]
+    return sorted(found)
 
 
 def read_documents(path: Path, skip: bool = False) -> Iterator[str]:
@@ -405,17 +420,18 @@ def _members(
         yield PurePosixPath(path.name), partial(_bytes, path, path.read_bytes)
         return
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            if file.suffix.lower() in suffixes and not (file.is_dir() or _hidden(name)):
+        for file in _names_in(path):
+            if file.suffix.lower() in suffixes:
                 found = True
-                yield PurePosixPath(*name.parts), partial(_bytes, file, file.read_bytes)
+                name = PurePosixPath(*file.relative_to(path).parts)
+                yield name, partial(_bytes, file, file.read_bytes)
     else:
         try:
             with tarfile.open(path) as archive:
                 for member in _all_members(archive):
                     name = PurePosixPath(member.name)
-                    if member.isfile() and name.suffix.lower() in suffixes and not _hidden(name):
+                    shown = not any(map(_hidden, name.parts))
+                    if member.isfile() and shown and name.suffix.lower() in suffixes:
                         found = True
                         file = archive.extractfile(member)
                         assert file is not None

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -326,6 +327,33 @@ def test_hidden_files_are_no_data(tmp_path: Path, write_sound: Write):
     (folder / "a.txt").write_text("seen")
     (folder / ".b.txt").write_text("not seen")
     assert list(read_documents(folder)) == ["seen"]
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path, write_sound: Write):
+    """Also one that leads back to where it lies."""
+    write_sound(tmp_path / "elsewhere" / "a.wav", np.zeros(5))
+    write_sound(tmp_path / "clips" / "two" / "b.wav", np.zeros(6))
+    (tmp_path / "clips" / "one").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "clips" / "two" / "loop").symlink_to(tmp_path / "clips")
+    found = list(read_clips(tmp_path / "clips", AUDIO))
+    assert [(len(e.raw), e.label) for e in found] == [(5, "one"), (6, "two")]
+
+
+def test_a_folder_that_is_not_readable_is_named(
+    tmp_path: Path, write_sound: Write, monkeypatch: pytest.MonkeyPatch
+):
+    write_sound(tmp_path / "one" / "a.wav", np.zeros(5))
+    (tmp_path / "two").mkdir()
+    scan = os.scandir
+
+    def refused(folder: Any) -> Any:
+        if str(folder).endswith("two"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match=r"the folder '.*two' is not readable: Permission denied"):
+        list(read_clips(tmp_path, AUDIO))
 
 
 def test_one_clip_is_resampled_and_mixed_down(tmp_path: Path, write_sound: Write):

@@ -25,7 +25,7 @@ from genssm.token_cache import fingerprint, open_tokens
 
 TOKENIZER = "tokenizer.model"
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
-_LONGEST = {"text": 60_000, "audio": 120_000}  # characters or samples of a validation example
+_LONGEST = {"text": 60_000, "audio": 16_000}  # characters or samples of a validation example
 
 
 @dataclass(frozen=True)

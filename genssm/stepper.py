@@ -580,7 +580,7 @@ class CompiledModel:
                 "the compiled stepper is for float32 models on the CPU, got "
                 f"{model.norm.weight.dtype} on {model.norm.weight.device}"
             )
-        self.model, self.weights = model, weights
+        self.model = model
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
         self._abreast = self._simd.panels_abreast()
@@ -588,7 +588,9 @@ class CompiledModel:
         self._thread = threading.local()  # room of each thread that steps
         int8 = {f"int8-{bits}": kind for bits, kind in self._simd.int8_kinds().items()}
         # The weights by the name that recipes have: see ``INT8``.
-        self.stepped_weights = next(iter(int8)) if weights == "int8" else weights
+        usual = next(iter(int8))
+        self.stepped_weights = usual if weights == "int8" else weights
+        self.weights = "int8" if weights == usual else weights  # as they are asked for
         kinds = int8 | {"fp32": self._simd.FP32, "bf16": self._simd.BF16}
         if self.stepped_weights not in kinds:
             raise UnsupportedError(f"{weights} needs a processor with AVX2")

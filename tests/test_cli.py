@@ -253,8 +253,9 @@ def test_long_files_of_json_lines_are_repeated(run, folders, tmp_path, monkeypat
     assert "a line is longer than 100 bytes" in run("sample", "--like", "a.json").stderr
 
 
-def test_json_lines_are_repeated(run, folders, tmp_path) -> None:
-    made = ("-p", "The", "-n", 3, "--max-tokens", 6, "--json")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_json_lines_are_repeated(run, folders, tmp_path, weights: str) -> None:
+    made = ("-p", "The", "-n", 3, "--max-tokens", 6, "--weights", weights, "--json")
     first = run("sample", "-m", folders["text"], *made).stdout
     (tmp_path / "a.json").write_text(first)
     again = run("sample", "--like", "a.json", "--json").stdout

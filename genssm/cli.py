@@ -481,7 +481,7 @@ def _summarize(samples: list[Sample], output: Output) -> None:
 @_command
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09.")
+        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09, ljspeech.")
     ],
     data: Annotated[
         Path,
@@ -898,7 +898,7 @@ def sampling(
 @_command
 def quality(
     recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09.")
+        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09, ljspeech.")
     ],
     data: Annotated[Path, typer.Option(help="As for genssm train.")],
     work: Annotated[Path, typer.Option(help="Folder for the tokenizer and the tokens.")],

@@ -301,4 +301,15 @@ RECIPES: dict[str, Recipe] = {
         },
         train=TrainConfig(batch_size=4, length=16384),
     ),
+    "ljspeech": Recipe(  # recordings of any length, without classes
+        modality="audio",
+        codec={"rate": 22050, "labels": (), "durations": (), "levels": ()},
+        model={
+            "d_model": (64, 128, 256),
+            "n_layers": (4, 4, 4),
+            "pools": (4, 4),
+            "d_state": 64,
+        },
+        train=TrainConfig(batch_size=4, length=16384),
+    ),
 }

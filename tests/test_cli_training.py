@@ -69,6 +69,18 @@ def test_a_training_outlives_the_reader_of_its_report(tmp_path: Path):
     assert (tmp_path / "out" / "state.safetensors").exists()
 
 
+def test_recordings_without_classes_are_trained_and_continued(run, tmp_path: Path, write_sound):
+    for split in ("train", "validation"):
+        write_sound(tmp_path / "long" / split / "all.wav", 0.5 * np.sin(np.arange(3000) / 3))
+    own = [s for s in SMALL if not s.startswith("labels")]
+    settings = [a for s in (*own, "steps=3", "length=128", "rate=8000") for a in ("--set", s)]
+    made = run("train", "ljspeech", "--data", "long", "-o", "out", "-q", *settings)
+    assert (made.exit_code, made.stdout) == (0, "out/checkpoint\n")
+    sample = ("sample", "-m", "out/checkpoint", "--seconds", 0.05, "--engine", "eager", "-q")
+    assert run(*sample).stdout == "checkpoint-1.wav\n"
+    assert run(*sample, "-p", "long/train/all.wav").stdout == "checkpoint-2.wav\n"
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_fill_a_folder(tmp_path: Path, run):
     done = launch("train", "digits", "--data", "data", "-o", "out", "--set", "steps=3",

@@ -212,11 +212,12 @@ def _least_weights(config: ModelConfig) -> int:
     channels = config.layer_settings.get("channels")
     channels = channels if isinstance(channels, int) else 1
     rows = config.vocab_size * (1 + len(config.token_taps)) + sum(config.image_shape or ())
-    rows += len(config.taps) + len(config.recall)
+    rows += len(config.taps) * config.channels + len(config.recall)
     weights = config.d_model[0] * rows
     for level, (d_model, blocks) in enumerate(zip(config.d_model, config.n_layers, strict=True)):
         inputs = channels * (d_model + config.d_state) + config.expand * d_model
-        weights += blocks * d_model * inputs
+        dense = config.d_state**2 if config.layer == "lssl" else 0
+        weights += blocks * (d_model * inputs + dense)
         if level < len(config.pools):
             weights += config.pools[level] * d_model * config.d_model[level + 1]
     return weights

@@ -59,6 +59,7 @@ benchmark = typer.Typer(help="Measure speed, memory and exactness.", no_args_is_
 app.add_typer(benchmark, name="benchmark")
 
 PATIENCE = 3.0  # seconds without a piece after which one is told why
+NO_MEMORY = "there is not enough memory; make model, batch or length smaller"
 FIRST_USE = "the first sample on a machine compiles the sampling loop, about 15 seconds …"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -97,14 +98,16 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             _fail(str(error), USAGE)
         except FileExistsError as error:
             _fail(_told(error), USAGE)
-        except (ValueError, OSError, MemoryError) as error:
+        except MemoryError:
+            _fail(NO_MEMORY, FAILED)
+        except (ValueError, OSError) as error:
             from genssm.checkpoint import UnknownModelError
 
             _fail(_told(error), USAGE if isinstance(error, UnknownModelError) else FAILED)
         except RuntimeError as error:
             if not any(words in str(error) for words in ("allocate memory", "out of memory")):
                 raise
-            _fail("there is not enough memory; make model, batch or length smaller", FAILED)
+            _fail(NO_MEMORY, FAILED)
 
     return wrapped
 

@@ -536,6 +536,8 @@ class _AudioDecoder(Decoder):
 def _distinct(labels: Sequence[str]) -> tuple[str, ...]:
     if len(set(labels)) < len(labels) or ANY in labels or "" in labels:
         raise ValueError(f"labels must be distinct names other than {ANY!r}, got {labels!r:.80}")
+    if not all(label.isprintable() for label in labels):  # they are written to terminals
+        raise ValueError(f"labels must be of characters that can be printed, got {labels!r:.80}")
     return tuple(labels)
 
 
@@ -546,7 +548,10 @@ def codec_from_config(config: dict[str, Any], folder: Path | None = None) -> Cod
     if kind == "text" and not settings:
         if folder is None:
             raise ValueError("a text codec needs the folder of its tokenizer.model")
-        return Text((folder / "tokenizer.model").read_bytes())
+        file = folder / "tokenizer.model"
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{str(file)!r} is no regular file")
+        return Text(file.read_bytes())
     kinds = {"image": Image, "audio": Audio}
     if kind not in kinds:
         raise ValueError(f"unknown codec {config!r}")

@@ -34,9 +34,11 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 }
 # A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of PIL: no programs, as EPS would start
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARQUET = ".parquet"
 _DAMAGES = (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error)  # of a file or archive
+LARGEST_FILE = 2**30  # bytes of a picture or sound file
 LONGEST_SOUND = 2**27  # samples over all channels that a sound file may decode to
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -224,7 +226,9 @@ def _array(path: Path) -> np.ndarray:
     """A memory-mapped .npy file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError, BadZipFile) as error:
+    except (
+        OSError, ValueError, EOFError, SyntaxError, TokenError, BadZipFile, OverflowError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{str(path)!r} is not a readable .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{str(path)!r} is not a readable .npy array but an archive of several")
@@ -236,7 +240,7 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
     import PIL.Image
 
     try:
-        with PIL.Image.open(file) as picture:
+        with PIL.Image.open(file, formats=FORMATS) as picture:
             large = picture.width * picture.height > 50_000_000
             array = None if large else pixels(picture, codec)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
@@ -253,7 +257,8 @@ def pixels(picture: Any, codec: Image) -> np.ndarray:
 
     picture = PIL.ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
-        picture = PIL.Image.fromarray((np.asarray(picture, np.int64) // 257).astype(np.uint8))
+        values = np.asarray(picture)
+        picture = PIL.Image.fromarray((values // values.dtype.type(257)).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
@@ -346,9 +351,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            label = facts.get("info", {}).get("features", {}).get("label", {})
-            names = label.get("names")
+            names = _label_names((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             for batch in file.iter_batches(256):
                 for row in batch.to_pylist():
                     if names and isinstance(number := row.get("label"), int):
@@ -356,6 +359,16 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         raise ValueError(f"{str(path)!r} is not a readable parquet file: {error}") from error
+
+
+def _label_names(metadata: bytes) -> list[str] | None:
+    """The names of the classes by number, as ``datasets`` keeps them in a file; None without."""
+    try:
+        names = json.loads(metadata)["info"]["features"]["label"]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if known else None
 
 
 def _rows(
@@ -385,7 +398,7 @@ def examples_of_rows(
         cell = next((row[name] for name in column if row.get(name) is not None), None)
         known: dict[str, Any] = cell if isinstance(cell, dict) else {}
         data, name = known.get("bytes"), known.get("path") or f"row {number}"
-        if not data:
+        if not data or not isinstance(data, bytes):
             raise ValueError(f"{name} has no bytes in a column {' or '.join(map(repr, column))}")
         label = row.get("label")
         if isinstance(label, int):
@@ -417,14 +430,14 @@ def _members(
     """One file, a folder's files or a tar archive's members, sorted by name: names, and readers."""
     found = False
     if path.suffix.lower() in suffixes and not path.is_dir():
-        yield PurePosixPath(path.name), partial(_bytes, path, path.read_bytes)
+        yield PurePosixPath(path.name), partial(_content, path)
         return
     if path.is_dir():
         for file in _names_in(path):
             if file.suffix.lower() in suffixes:
                 found = True
                 name = PurePosixPath(*file.relative_to(path).parts)
-                yield name, partial(_bytes, file, file.read_bytes)
+                yield name, partial(_content, file)
     else:
         try:
             with tarfile.open(path) as archive:
@@ -435,8 +448,8 @@ def _members(
                         found = True
                         file = archive.extractfile(member)
                         assert file is not None
-                        yield name, partial(_bytes, member.name, file.read)
-        except _DAMAGES as error:
+                        yield name, partial(_bytes, member.name, file.read, member.size)
+        except (*_DAMAGES, ValueError, OverflowError) as error:
             reason = str(error).partition("\n")[0].rstrip(":")  # without a line for each format
             raise ValueError(f"{str(path)!r} is not a readable tar archive: {reason}") from error
     if not found:
@@ -453,7 +466,13 @@ def _all_members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
     return members
 
 
-def _bytes(name: Path | str, read: Callable[[], bytes]) -> bytes:
+def _content(file: Path) -> bytes:
+    return _bytes(file, file.read_bytes, file.stat().st_size if file.is_file() else 0)
+
+
+def _bytes(name: Path | str, read: Callable[[], bytes], size: int) -> bytes:
+    if size > LARGEST_FILE:  # of an archive no more than a claim
+        raise ValueError(f"{str(name)!r} is larger than {LARGEST_FILE / 2**30:g} GiB; cut it")
     try:
         return read()
     except _DAMAGES as error:

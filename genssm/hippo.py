@@ -14,6 +14,7 @@ Appendix C.1, for the normal-plus-low-rank form.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +127,11 @@ def normal_plus_low_rank(measure: str, N: int) -> NormalPlusLowRank:
     eigenbasis is perfectly conditioned. (A itself must not be diagonalised: for LegS the entries
     of its eigenvectors grow to 2^(4N/3).) Source: S4, Lemma 3.2, Theorem 1 and Appendix C.1.
     """
+    return NormalPlusLowRank(*(part.clone() for part in _diagonalised(measure, N)))
+
+
+@lru_cache(maxsize=8)  # the layers of a model share it, and it takes seconds where N is 2,048
+def _diagonalised(measure: str, N: int) -> NormalPlusLowRank:
     A, B = operator(measure, N)
     if N % 2:
         raise ValueError(f"state size N must be even, got {N}")

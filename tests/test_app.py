@@ -1,19 +1,23 @@
 """The page from behind: what its handlers yield, called as the page calls them."""
 
 import base64
+import io
 import itertools
+import os
 import socket
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra [app]")
@@ -22,7 +26,7 @@ from genssm import checkpoint, files  # noqa: E402
 from genssm.checkpoint import Checkpoint  # noqa: E402
 from genssm.cli import main  # noqa: E402
 from genssm.codec import Audio, Image  # noqa: E402
-from genssm.data import read_picture  # noqa: E402
+from genssm.data import pixels, read_picture  # noqa: E402
 from genssm.interface import house as houses  # noqa: E402
 from genssm.interface import speak as speaking  # noqa: E402
 from genssm.interface import uploads  # noqa: E402
@@ -512,7 +516,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
+def with_text(size: int) -> bytes:
+    """A PNG with so many bytes of text, compressed."""
+    text, file = PIL.PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("a", "b" * size, zip=True)
+    PIL.Image.new("RGB", (8, 8)).save(file, "png", pnginfo=text)
+    return file.getvalue()
+
+
 BAD_FILES = {
+    "much text": (with_text(2**23), "This file is no picture|no sound"),
     "empty": (b"", "is empty"),
     "text": (b"not a picture", "that can be read"),
     "cut": (png_header(8, 8)[:40], "that can be read"),
@@ -544,6 +557,25 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     file.write_bytes(png_header(9_000, 9_000))
     with pytest.raises(ValueError, match="25 million pixels, this one has 9,000 × 9,000"):
         uploads.picture(str(file), Image(32, 32, 3))
+
+
+def test_one_picture_is_decoded_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    inside, most = [], []
+
+    def slowly(*arguments: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return pixels(*arguments)
+
+    monkeypatch.setattr(uploads, "pixels", slowly)
+    with ThreadPoolExecutor(4) as visitors:
+        codec = Image(32, 32, 3)
+        seen = list(visitors.map(lambda _: uploads.picture(str(tmp_path / "a.png"), codec), "abcd"))
+    assert most == [1, 1, 1, 1]
+    assert all((picture == [255, 0, 0]).all() for picture in seen)
 
 
 def test_long_clips_are_refused_and_others_cut_to_their_end(
@@ -868,3 +900,22 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"the port {port} is taken; give another one"):
             serve(port=port)
+
+
+def test_files_of_visitors_are_kept_where_no_other_user_reads_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def launch(*_: Any, **__: Any) -> None:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        seen.append((folder, folder.stat().st_mode & 0o777 if folder.exists() else None))
+
+    monkeypatch.setattr("genssm.interface.page.launch", launch)
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    serve()
+    assert seen[0][1] == 0o700
+    assert not seen[0][0].exists()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "own"))
+    serve()
+    assert seen[1][0] == tmp_path / "own"

@@ -220,6 +220,11 @@ def foreign_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
+def linked_to_a_device(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.model").symlink_to("/dev/zero")
+
+
 def poison(tensors: dict[str, torch.Tensor]) -> None:
     tensors["norm.weight"][3] = torch.nan
 
@@ -240,6 +245,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer is garbage": (written("tokenizer.model", b"x" * 99), "SentencePiece"),
     "tokenizer ends early": (cut("tokenizer.model", 0.5), "SentencePiece"),
     "foreign tokenizer": (foreign_tokenizer, "a codec that does not fit its model"),
+    "tokenizer is a device": (linked_to_a_device, "no regular file"),
     "newer version": (edited(lambda c: c.update(format_version=2)), "upgrade genssm"),
     "older version": (edited(lambda c: c.update(format_version=0)), "convert or retrain"),
     "section missing": (edited(lambda c: c.pop("metrics")), "exactly the sections"),
@@ -263,6 +269,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
             "picture": {"image_shape": [2**30, 1, 1]},
             "number of outputs": {"layer_settings": {"channels": 2**20}},
             "number of taps": {"taps": [1] * 2**15},
+            "channels of a tap": {"taps": [1] * 2**8, "image_shape": [1, 1, 2**12]},
+            "state of a dense layer": {"layer": "lssl", "d_state": 2048},
         }.items()
     },
     "codec unknown": (edited(lambda c: c["codec"].update(kind="video")), "unknown codec"),

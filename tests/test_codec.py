@@ -472,6 +472,12 @@ def test_labels_count_into_the_vocabulary(make: Callable[[tuple[str, ...]], Code
     assert make(("a", "b", "c")).vocab_size == make(()).vocab_size + 3 == 260
 
 
+@pytest.mark.parametrize("label", ["\x1b[31mred", "two\nlines", "\u202eright to left"])
+def test_labels_that_a_terminal_would_obey_are_refused(label: str):
+    with pytest.raises(ValueError, match="labels must be of characters that can be printed"):
+        Audio(8000, labels=(label,))
+
+
 @pytest.mark.parametrize("error", [OSError("undefined symbol"), RuntimeError("other CUDA")])
 def test_a_torchaudio_of_another_torch_is_told_with_what_belongs_together(
     error: Exception, monkeypatch: pytest.MonkeyPatch

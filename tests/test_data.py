@@ -189,8 +189,19 @@ def saved(save: Callable[..., None], array: np.ndarray) -> bytes:
         saved(np.savez, np.zeros(6, np.int64)),
         saved(np.savez, np.zeros(6, np.int64))[:100],
         saved(np.save, np.zeros(6, np.int64)).replace(b"}", b"("),
+        saved(np.save, np.zeros(6, np.int64)).replace(b"(6,), }" + b" " * 20, b"(%d,), }" % 10**20),
+        saved(np.save, np.zeros(6, np.int64)).replace(b"(6,), } ", b"(-6,), }"),
     ],
-    ids=["empty", "other", "beginning", "archive", "cut archive", "damaged header"],
+    ids=[
+        "empty",
+        "other",
+        "beginning",
+        "archive",
+        "cut archive",
+        "damaged header",
+        "huge",
+        "negative",
+    ],
 )
 def test_array_that_is_not_readable_is_named(
     name: str, content: bytes, tmp_path: Path, pictures: np.ndarray
@@ -224,6 +235,18 @@ def test_picture_file_that_is_not_readable_is_named(
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"'cut.png' is not a readable picture"):
             list(read_pictures(tmp_path, IMAGE))
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PIL would start Ghostscript for it, whatever its name."""
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: started.append(1))
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: started.append(1))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 2\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_bytes(program)
+    with pytest.raises(ValueError, match=r"'a\.png' is not a readable picture"):
+        list(read_pictures(tmp_path / "a.png", IMAGE))
+    assert started == []
 
 
 def test_sixteen_bits_keep_their_range_and_what_is_transparent_is_white(tmp_path: Path):
@@ -327,6 +350,27 @@ def test_hidden_files_are_no_data(tmp_path: Path, write_sound: Write):
     (folder / "a.txt").write_text("seen")
     (folder / ".b.txt").write_text("not seen")
     assert list(read_documents(folder)) == ["seen"]
+
+
+def test_a_member_that_claims_to_be_huge_is_refused_unread(tmp_path: Path):
+    """8 GiB of a sparse file in an archive of 10 KiB."""
+    member = tarfile.TarInfo("one.wav")
+    member.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1",
+                          "GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**33),
+                          "GNU.sparse.realsize": str(2**33)}  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"'one.wav' is larger than 1 GiB; cut it"):
+        list(read_clips(tmp_path / "a.tar", AUDIO))
+
+
+def test_an_archive_with_impossible_numbers_is_named(tmp_path: Path):
+    member = tarfile.TarInfo("one.wav")
+    member.pax_headers = {"GNU.sparse.major": "x", "GNU.sparse.size": "many"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"a.tar' is not a readable tar archive"):
+        list(read_clips(tmp_path / "a.tar", AUDIO))
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path, write_sound: Write):

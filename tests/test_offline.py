@@ -172,6 +172,15 @@ def test_wrong_types_are_one_sentence(
     assert message in json.loads(answer.rsplit("data: ", 1)[1])["error"]
 
 
+def test_what_is_refused_is_neither_sent_back_nor_logged(
+    site: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = call(site, "draw", ["x" * 100_000, 4, 0.9, 1, None, 16, 1])
+    assert "Value: 'xxx" in json.loads(answer.rsplit("data: ", 1)[1])["error"]
+    assert len(answer) < 1000
+    assert "xxx" not in "".join(capfd.readouterr())
+
+
 def test_an_upload_over_the_limit_is_refused_as_it_arrives(site: str) -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
     body = head + b"\0" * (uploads.BYTES + 1) + b"\r\n--x--\r\n"

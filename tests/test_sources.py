@@ -10,7 +10,7 @@ import pytest
 
 from genssm import sources
 from genssm.codec import Audio, Image, Text
-from genssm.data import Example, documents_of_rows, read_documents, read_examples
+from genssm.data import Example, documents_of_rows, read_documents, read_examples, read_rows
 from genssm.preparation import prepare
 from genssm.recipes import RECIPES
 from genssm.sources import PUBLIC, PublicSet, Split, comes_in_splits, open_split
@@ -126,6 +126,34 @@ def test_a_row_without_a_label_has_none(cells, tmp_path: Path):
 )
 def test_rows_of_text_are_lines_of_wikitext_or_documents(rows: list[str], documents: list[str]):
     assert list(documents_of_rows(iter(rows))) == documents
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"[" * 5000,
+        b"\xff",
+        b"[]",
+        b'{"info": 1}',
+        b'{"info": {"features": {"label": 2}}}',
+        b'{"info": {"features": {"label": {"names": 7}}}}',
+        b'{"info": {"features": {"label": {"names": [1, 2]}}}}',
+    ],
+)
+def test_a_table_without_sensible_names_has_none(metadata: bytes, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["a"], "label": [0]})
+    parquet.write_table(
+        table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "a.parquet"
+    )
+    assert list(read_rows(tmp_path / "a.parquet")) == [{"text": "a", "label": 0}]
+
+
+def test_a_table_of_other_things_than_bytes_is_told(tmp_path: Path):
+    table = write_table(tmp_path / "a.parquet", {"audio": [{"bytes": "text", "path": "a.wav"}]})
+    with pytest.raises(ValueError, match=r"a\.wav has no bytes in a column 'audio'"):
+        list(read_examples(table, AUDIO))
 
 
 def test_parquet_text_is_read_as_the_text_file(tmp_path: Path):

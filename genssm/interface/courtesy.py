@@ -57,8 +57,8 @@ def _explained(take: Callable[[Any], T], name: str | None) -> Callable[[Any], T]
     def explained(payload: Any) -> T:
         try:
             return take(payload)
-        except gr.Error:
-            raise
+        except gr.Error as error:  # its message may hold all that was sent
+            raise gr.Error(f"{error.message!s:.200}", print_exception=False) from None
         except Exception:
             message = f"{name or 'An argument'} cannot be {payload!r:.40}."
             raise gr.Error(message, print_exception=False) from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from genssm.interface.house import House
 
@@ -17,9 +20,26 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     from genssm.interface.page import build_page, launch
 
-    try:
-        launch(build_page(house), port=port, share=share)
-    except OSError as error:
-        if port is None or "empty port" not in str(error):
-            raise
-        raise OSError(f"the port {port} is taken; give another one") from error
+    with _private_folder():
+        try:
+            launch(build_page(house), port=port, share=share)
+        except OSError as error:
+            if port is None or "empty port" not in str(error):
+                raise
+            raise OSError(f"the port {port} is taken; give another one") from error
+
+
+@contextmanager
+def _private_folder() -> Iterator[None]:
+    """Gradio keeps visitors' files in /tmp/gradio, for all users of a machine to read; so here they
+    have a folder of their own, unless one is given, which ends with the page."""
+    name = "GRADIO_TEMP_DIR"
+    if os.environ.get(name):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="genssm-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from genssm.codec import Audio, Image, check_rate
-from genssm.data import pixels
+from genssm.data import FORMATS, pixels
 
 BYTES = 2**21  # of a file
 PIXELS = 25_000_000  # of a picture, before it is scaled
 SECONDS = 30.0  # of a clip as it was recorded
+_DECODING = threading.Lock()
 
 
 def picture(path: str, codec: Image) -> np.ndarray:
     """A picture file as uint8 (H, W, C) of the model: its centre, scaled.
 
-    Only the header is read before the number of pixels is known. Raises ValueError.
+    Only the header is read before the number of pixels is known, and one picture is decoded at a
+    time: it may take 300 MB. Raises ValueError.
     """
     import PIL.Image
 
     _check_size(path)
+    unreadable = (OSError, SyntaxError, EOFError, ValueError, PIL.Image.DecompressionBombError)
     try:
-        with PIL.Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as file:
-            if file.width * file.height > PIXELS:
-                raise ValueError(
-                    f"a picture may have {PIXELS // 10**6} million pixels, this one has "
-                    f"{file.width:,} × {file.height:,}; scale it down"
-                )
-            shown = pixels(file, codec)
-    except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
+        with PIL.Image.open(path, formats=FORMATS) as file:
+            width, height = file.size
+            if width * height <= PIXELS:
+                with _DECODING:
+                    return codec.fit(pixels(file, codec))
+    except unreadable as error:
         raise ValueError("this file is no picture that can be read; PNG and JPEG are") from error
-    return codec.fit(shown)
+    raise ValueError(
+        f"a picture may have {PIXELS // 10**6} million pixels, this one has {width:,} × "
+        f"{height:,}; scale it down"
+    )
 
 
 def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:

@@ -100,7 +100,7 @@ def _agree(pipe: Pipeline, folder: Path, request: Request, prompt: str | None) -
     if file.exists():
         try:
             before = Bulk(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{str(file)!r} is damaged; use another folder") from error
         if replace(before, count=facts.count) != facts:
             raise ValueError(

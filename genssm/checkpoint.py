@@ -26,6 +26,7 @@ from genssm.model import ModelConfig, SequenceModel
 
 FILES = {"config.json", "model.safetensors", "tokenizer.model"}  # of a checkpoint
 FORMAT_VERSION = 1
+LONGEST_PROBE = 2**14  # tokens
 # What older checkpoints do not set, and did without: at their defaults these change nothing.
 LATER_SETTINGS = {"token_taps", "recall", "recall_slots", "opening", "durations"}
 
@@ -169,7 +170,7 @@ def _load(folder: Path) -> Checkpoint:
         check(exact, f"must set exactly {', '.join(sorted(known))}")
         settings = ModelConfig(**config["model"])
         tensors = load_file(folder / "model.safetensors")
-        count = sum(tensor.numel() for tensor in tensors.values())
+        count = sum(t.numel() for t in tensors.values() if t.is_floating_point())
         check(_least_weights(settings) <= count, "has fewer weights than its config says")
         model = SequenceModel(settings).float()
     except CheckpointError:
@@ -178,7 +179,7 @@ def _load(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{str(folder / 'model.safetensors')!r} is truncated or no safetensors file"
         ) from error
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
     fits = all(
         getattr(codec, name) == getattr(model.config, name)
@@ -197,10 +198,8 @@ def _load(folder: Path) -> Checkpoint:
     check(finite, "holds weights that are not finite numbers")
     model.load_state_dict({k: t.float() for k, t in tensors.items()})
     probe = config["probe"]
-    check(
-        all(isinstance(t, int) and 0 <= t < model.config.vocab_size for t in probe),
-        "has a damaged section 'probe'",
-    )
+    known = all(isinstance(t, int) and 0 <= t < model.config.vocab_size for t in probe)
+    check(known and len(probe) <= LONGEST_PROBE, "has a damaged section 'probe'")
     return Checkpoint(model.eval(), codec, config["training"], config["metrics"], tuple(probe))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from genssm.terminal import note, write_nowhere
+from genssm.terminal import harmless, note, write_nowhere
 
 if TYPE_CHECKING:
     from genssm.engine import Reading
@@ -271,7 +271,8 @@ def sample(
     single = len(plan.indices) == 1
     live = pipe.modality == "text" and single and out is None and not as_json
     if live:
-        sys.stdout.write(pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)]))
+        read = pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)])
+        sys.stdout.write(harmless(read))
     waiting = threading.Timer(PATIENCE, note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
     if pipe.engine_name.startswith("cpu"):
@@ -436,7 +437,7 @@ def _draw(
                 begun()
                 if live:
                     try:
-                        sys.stdout.write(piece)
+                        sys.stdout.write(harmless(piece))
                         sys.stdout.flush()
                     except BrokenPipeError:
                         if not to_end:
@@ -460,7 +461,7 @@ def _deliver(samples: list[Sample], output: Output, as_json: bool, live: bool) -
         sys.stdout.write("\n")
     elif output.target is None:  # text for stdout
         for item in samples:
-            sys.stdout.write(f"{item.raw}\n")
+            sys.stdout.write(f"{harmless(item.raw)}\n")
     elif output.target != "-":
         for file in dict.fromkeys(written):
             sys.stdout.write(f"{file}\n")

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from typing import TextIO
+
+
+def harmless(text: str) -> str:
+    """Text as a terminal may get it: a model, or a stranger's file, must not steer it.
+
+    Control characters other than the ends of lines and tabs are shown by their numbers.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(
+        f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def note(text: str, quiet: bool = False) -> None:

@@ -56,13 +56,18 @@ def exists(out: Path) -> bool:
 
 def kept_recipe(out: Path) -> Recipe:
     """The recipe of the training in ``out``. Raises ValueError if its state is damaged."""
-    facts: dict[str, Any] = _kept_facts(out)["recipe"]
-    codec, model, train = (
-        {k: tuple(v) if isinstance(v, list) else v for k, v in facts[section].items()}
-        for section in ("codec", "model", "train")
-    )
-    known: dict[str, Any] = {f.name: train[f.name] for f in fields(TrainConfig) if f.name in train}
-    return Recipe(facts["modality"], codec, model, TrainConfig(**known))
+
+    def read() -> Recipe:
+        facts: dict[str, Any] = _kept_facts(out)["recipe"]
+        codec, model, train = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in facts[section].items()}
+            for section in ("codec", "model", "train")
+        )
+        names = {f.name for f in fields(TrainConfig)}
+        known: dict[str, Any] = {k: v for k, v in train.items() if k in names}
+        return Recipe(facts["modality"], codec, model, TrainConfig(**known))
+
+    return _readable(out, read)
 
 
 def check(out: Path, recipe: Recipe) -> None:
@@ -70,7 +75,7 @@ def check(out: Path, recipe: Recipe) -> None:
 
     A warning tells of settings that will make other batches of the data.
     """
-    begun, wanted = _kept_facts(out)["recipe"], json.loads(json.dumps(asdict(recipe)))
+    begun, wanted = (json.loads(json.dumps(asdict(r))) for r in (kept_recipe(out), recipe))
     for section in ("modality", "codec", "model", "length"):
         then, now = (r["train"][section] if section == "length" else r[section]
                      for r in (begun, wanted))  # fmt: skip
@@ -214,7 +219,9 @@ def _readable(out: Path, read: Callable[[], T]) -> T:
 
     try:
         return read()
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (
+        SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         place = _shards(out) or out / STATE
         raise ValueError(f"{str(place)!r} is not a readable training state") from error
 

@@ -152,6 +152,7 @@ def test_a_folder_with_other_things_is_refused(pipes: dict[str, Pipeline], tmp_p
         with pytest.raises(ValueError, match="begins with sample 0, and its prompt names"):
             sample_to_folder(pipes["image"], tmp_path / "a", other, None)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "bulk.json").write_text("{}")
-    with pytest.raises(ValueError, match="is damaged"):
-        sample_to_folder(pipes["text"], tmp_path / "b", REQUEST, None)
+    for damaged in ("{}", "[" * 100_000, "[]", "\x00"):
+        (tmp_path / "b" / "bulk.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            sample_to_folder(pipes["text"], tmp_path / "b", REQUEST, None)

@@ -252,6 +252,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "section unknown": (edited(lambda c: c.update(extra={})), "exactly the sections"),
     "section is no object": (edited(lambda c: c.update(training=[])), "damaged section 'training'"),
     "probe of other tokens": (edited(lambda c: c.update(probe=[10**6])), "section 'probe'"),
+    "probe without end": (edited(lambda c: c.update(probe=[1] * 20_000)), "section 'probe'"),
     "probe of words": (edited(lambda c: c.update(probe=["a"])), "section 'probe'"),
     "setting missing": (edited(lambda c: c["model"].pop("d_state")), "must set exactly"),
     "setting unknown": (edited(lambda c: c["model"].update(heads=4)), "must set exactly"),

@@ -1,4 +1,4 @@
-"""Sharded saves: the one before stays until the next is whole."""
+"""States of trainings: sharded, the one before stays until the next is whole; damaged, named."""
 
 import errno
 import shutil
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -14,7 +15,7 @@ from genssm.distributed import World
 from genssm.model import ModelConfig, SequenceModel
 from genssm.optim import build_optimizers
 from genssm.recipes import Recipe
-from genssm.training_state import TrainingState
+from genssm.training_state import STATE, TrainingState, check, kept_recipe
 
 
 @pytest.fixture
@@ -77,3 +78,15 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_save_before(
     assert "Traceback" not in str(error.value)
     state.restore(tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in state.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "facts", ["[]", "5", "[" * 100_000, "{}", '{"recipe": []}', '{"recipe": {"codec": []}}',
+              '{"recipe": {"modality": "text", "codec": {}, "model": {}, "train": {"lr": "x"}}}'],
+    ids=range(7),
+)  # fmt: skip
+def test_a_foreign_state_is_named(facts: str, tmp_path: Path):
+    save_file({"x": torch.zeros(1)}, tmp_path / STATE, {"facts": facts})
+    for read in (kept_recipe, lambda out: check(out, Recipe("text", {}, {}))):
+        with pytest.raises(ValueError, match="state.safetensors' is not a readable training state"):
+            read(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from genssm.codec import Audio, Image, check_rate
-from genssm.data import FORMATS, pixels
+from genssm.data import pixels
 
 BYTES = 2**21  # of a file
 PIXELS = 25_000_000  # of a picture, before it is scaled
@@ -27,7 +27,7 @@ def picture(path: str, codec: Image) -> np.ndarray:
     _check_size(path)
     unreadable = (OSError, SyntaxError, EOFError, ValueError, PIL.Image.DecompressionBombError)
     try:
-        with PIL.Image.open(path, formats=FORMATS) as file:
+        with PIL.Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as file:
             width, height = file.size
             if width * height <= PIXELS:
                 with _DECODING:

@@ -15,10 +15,8 @@ def harmless(text: str) -> str:
     """
     if not sys.stdout.isatty():
         return text
-    return "".join(
-        f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
+    steering = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+    return text.translate({ord(c): f"\\x{ord(c):02x}" for c in steering})
 
 
 def note(text: str, quiet: bool = False) -> None:

@@ -132,10 +132,10 @@ class PictureBatches:
 class ClipBatches:
     """Clips of similar length together, their label as start token, the boundary as last target.
 
-    A clip longer than ``length`` is as many sequences as it has lengths: one at its beginning, one
-    at its end, the others anywhere, anew each epoch. One that does not begin with the clip reads
-    the label, the level and ``context`` samples, and predicts what follows: nothing is learned as
-    if the clip began there. With durations it would have to be told how much of the clip has
+    A clip longer than ``length`` is as many sequences as can hold it: one at its beginning, one at
+    its end, the others anywhere, anew each epoch. One that does not begin with the clip reads the
+    label, the level and ``context`` samples, and predicts what follows: nothing is learned as if
+    the clip began there. With durations it would have to be told how much of the clip has
     passed; of clips with them the beginning alone is trained. Batches are padded to ``least``
     tokens.
 
@@ -173,7 +173,9 @@ class ClipBatches:
         begins = _where(stream, lambda t: (t == codec.boundary) | (t >= codec.n_outputs))
         whole = np.append(begins[1:], len(stream)) - begins  # the opening, the samples and the end
         self.too_long = int((whole > length).sum())
-        parts = np.ones_like(whole) if codec.durations else -(-whole // length)
+        own = max(1, length - codec.opening - context)  # what a part adds that is not the first
+        more = np.maximum(0, whole - length) * (not codec.durations)
+        parts = 1 - (-more // own)
         self.begins, self.parts = np.repeat(begins, parts), np.repeat(parts, parts)
         self.part = np.arange(len(self.begins)) - np.repeat(parts.cumsum() - parts, parts)
         self.lengths = np.repeat(np.minimum(whole, length), parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -536,8 +537,8 @@ class _AudioDecoder(Decoder):
 def _distinct(labels: Sequence[str]) -> tuple[str, ...]:
     if len(set(labels)) < len(labels) or ANY in labels or "" in labels:
         raise ValueError(f"labels must be distinct names other than {ANY!r}, got {labels!r:.80}")
-    if not all(label.isprintable() for label in labels):  # they are written to terminals
-        raise ValueError(f"labels must be of characters that can be printed, got {labels!r:.80}")
+    if any(unicodedata.category(c) == "Cc" for label in labels for c in label):
+        raise ValueError(f"labels must have no control characters, got {labels!r:.80}")
     return tuple(labels)
 
 

@@ -84,12 +84,21 @@ def _unreadable(error: OSError) -> NoReturn:
 
 
 def _names_in(folder: Path) -> list[Path]:
-    """All that is in a folder, and in those that are linked in it, but folders and the hidden."""
-    found, known = [], {folder.resolve()}
+    """All that is in a folder, and in those that are linked in it, but folders and the hidden.
+
+    A link into what is read anyway, or to what holds it, is not followed: nothing is read twice.
+    """
+    found, known = [], [folder.resolve()]
     for root, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        places = {name: Path(root, name).resolve() for name in folders if not _hidden(name)}
-        folders[:] = [name for name, place in places.items() if place not in known]
-        known.update(places.values())  # a link to where we have been has no end
+        shown = sorted(name for name in folders if not _hidden(name))
+        folders[:] = []
+        for path in (Path(root, name) for name in shown):
+            place = path.resolve()
+            if path.is_symlink():
+                if any(p.is_relative_to(place) or place.is_relative_to(p) for p in known):
+                    continue
+                known.append(place)
+            folders.append(path.name)
         found += [Path(root, name) for name in files if not _hidden(name)]
     return sorted(found)
 

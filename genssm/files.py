@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,7 @@ def check_target(path: Path, force: bool) -> None:
     check_kind(path)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder!r}")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:  # also as a link to nothing
         raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -206,7 +207,7 @@ class Output:
         folder = Path(self.pipe.name)
         stem = folder.name if folder.name not in ("", "..") else folder.resolve().name
         n = 1
-        while any(p.exists() for p in self._numbered(Path(f"{stem}-{n}{suffix}"))):
+        while any(map(os.path.lexists, self._numbered(Path(f"{stem}-{n}{suffix}")))):
             n += 1
         return Path(f"{stem}-{n}{suffix}")
 

@@ -25,7 +25,8 @@ from genssm.token_cache import fingerprint, open_tokens
 
 TOKENIZER = "tokenizer.model"
 _LEARNED_FROM = 20_000_000  # characters that a tokenizer learns from
-_LONGEST = {"text": 60_000, "audio": 16_000}  # characters or samples of a validation example
+_LONGEST = {"text": 60_000, "audio": 65_536}  # characters or samples of a validation example
+_SAMPLES = 2**20  # of a validation, at most
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,21 @@ def _validation_examples(
     examples = [example for example in found if codec.units(example.raw)]
     if not examples:
         raise ValueError("the validation split is empty; put some of the data aside for it")
+    longest = _LONGEST.get(recipe.modality, 0)
+    if recipe.modality == "audio" and not codec.durations:  # all of a recording
+        examples = [Example(raw, e.label) for e in examples for raw in _pieces(e.raw, longest)]
+        most = min(most, _SAMPLES // max(len(e.raw) for e in examples))
     count = min(len(examples), most)
     chosen = [examples[i * len(examples) // count] for i in range(count)]
-    if longest := _LONGEST.get(recipe.modality):
-        return [Example(example.raw[:longest], example.label) for example in chosen]
+    if recipe.modality == "text":
+        return [Example(e.raw[:longest]) for e in chosen]
+    if recipe.modality == "audio":
+        return [Example(e.raw[:longest].copy(), e.label) for e in chosen]  # lets go of the rest
     return chosen
+
+
+def _pieces(wave: np.ndarray, longest: int) -> list[np.ndarray]:
+    return [wave[i : i + longest] for i in range(0, len(wave), longest)]
 
 
 def _check_meaning(before: ModelConfig, now: ModelConfig) -> None:

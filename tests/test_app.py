@@ -4,8 +4,11 @@ import base64
 import io
 import itertools
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -900,6 +903,35 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"the port {port} is taken; give another one"):
             serve(port=port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_files_of_visitors_end_with_the_page(tmp_path: Path, number: int) -> None:
+    """``launch`` waits as Gradio's does: an interrupt ends it."""
+    program = """
+import os, time
+from pathlib import Path
+import genssm.interface.page as page
+
+def launch(*_, **__):
+    Path(os.environ["GRADIO_TEMP_DIR"], "visitor.png").touch()
+    print("ready", flush=True)
+    time.sleep(60)
+
+page.launch, page.build_page = launch, lambda house: None
+from genssm.interface.serving import serve
+serve()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert list(tmp_path.glob("genssm-*/visitor.png"))
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    assert not list(tmp_path.glob("genssm-*"))
 
 
 def test_files_of_visitors_are_kept_where_no_other_user_reads_them(

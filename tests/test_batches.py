@@ -210,7 +210,7 @@ def ramps() -> np.ndarray:
 def test_all_of_a_long_clip_is_trained(ramps: np.ndarray):
     """Sequences of a level, 19 samples or the end: a long clip's are windows of it."""
     batches = ClipBatches(ramps, LONG, 2, 20, seed=0, context=3)
-    assert len(batches.begins) == 1 + 2 + 3 + 4  # 18, 21, 51 and 61 samples and ends, and a level
+    assert len(batches.begins) == 1 + 2 + 3 + 4  # 19, 22, 52 and 62 tokens; a part adds 16
     begins, ends = {0, 40, 70, 130}, {16, 59, 119, 189}
     level, seen = LONG.boundary + 1, Counter[int]()
     for step in range(500):

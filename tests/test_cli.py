@@ -420,6 +420,16 @@ def test_a_file_of_another_process_is_not_lost(
         assert (tmp_path / "image-2.png").stat().st_size > 0
 
 
+def test_a_link_to_nothing_is_no_free_name(run, folders, tmp_path) -> None:
+    (tmp_path / "image-1.png").symlink_to("nothing")
+    assert run("sample", "-m", folders["image"], "-p", "dog").stdout == "image-2.png\n"
+    refused = run("sample", "-m", folders["image"], "-p", "dog", "-o", "image-1.png")
+    assert (refused.exit_code, "exists; use --force" in refused.stderr) == (2, True)
+    forced = run("sample", "-m", folders["image"], "-p", "dog", "-o", "image-1.png", "--force")
+    assert forced.exit_code == 0
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_sample_that_cannot_be_written_leaves_no_empty_file(
     run, folders, tmp_path, monkeypatch
 ) -> None:

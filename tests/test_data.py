@@ -379,6 +379,9 @@ def test_linked_folders_are_followed_once(tmp_path: Path, write_sound: Write):
     write_sound(tmp_path / "clips" / "two" / "b.wav", np.zeros(6))
     (tmp_path / "clips" / "one").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "clips" / "two" / "loop").symlink_to(tmp_path / "clips")
+    (tmp_path / "clips" / "a link to two").symlink_to(tmp_path / "clips" / "two")
+    (tmp_path / "clips" / "two" / "all").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
     found = list(read_clips(tmp_path / "clips", AUDIO))
     assert [(len(e.raw), e.label) for e in found] == [(5, "one"), (6, "two")]
 

@@ -570,15 +570,24 @@ def test_one_long_recording_is_trained_in_parts(
     assert seen[-1].validation < 8
 
 
-def test_validation_clips_are_bounded(tmp_path: Path, write_sound: Callable[..., Path]):
-    for split in ("train", "validation"):
-        for i in range(4):
-            write_sound(
-                tmp_path / "data" / split / f"low_{i}.wav", np.zeros(16_000 * (i % 2) + 100)
-            )
-    recipe = RECIPES["audio"].changed({"length": 17_000})
+@pytest.mark.parametrize("durations", [(), (40, 60)])
+def test_validation_is_of_all_of_a_recording_and_bounded(
+    durations: tuple[int, ...], tmp_path: Path, write_sound: Callable[..., Path]
+):
+    """In pieces, of which a million samples are chosen; with durations, beginnings of clips."""
+    random = np.random.default_rng(0)
+    for split, lengths in (("train", [100] * 4), ("validation", [100, 1_300_000])):
+        for i, n in enumerate(lengths):
+            wave = random.uniform(-0.5, 0.5, n)
+            write_sound(tmp_path / "data" / split / f"low_{i}.wav", wave)
+    recipe = RECIPES["audio"].changed({"length": 128, "durations": durations})
     prepared = prepare(recipe, tmp_path / "data", tmp_path / "out", None, None)
-    assert [len(e.raw) for e in prepared.validation] == [100, 16_000] * 2
+    lengths = [len(e.raw) for e in prepared.validation]
+    if durations:
+        assert lengths == [100, 65_536]
+    else:
+        assert lengths == [100, *[65_536] * 15]
+        assert len({float(e.raw[7]) for e in prepared.validation}) == 16
 
 
 def test_length_grows_by_doubling(data: dict[str, Path], tmp_path: Path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from genssm.interface.house import House
 
@@ -39,7 +41,13 @@ def _private_folder() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="genssm-", ignore_cleanup_errors=True) as folder:
         os.environ[name] = folder
+        with suppress(ValueError):  # not the main thread: signals are its caller's business
+            signal.signal(signal.SIGTERM, _end)
         try:
             yield
         finally:
             del os.environ[name]
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -7,7 +7,9 @@ What is there already is not drawn again; ``bulk.json`` says what the folder hol
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,11 +138,14 @@ def _file(pipe: Pipeline, folder: Path, index: int) -> Path:
 
 
 def _remove_torn(pipe: Pipeline, folder: Path, indices: set[int]) -> None:
-    """Remove the temporary files of these samples, whose writer was killed."""
+    """Remove the temporary files of these samples, whose writer was killed; one that is at work
+    needs them for less than a minute."""
     for left in folder.glob(f".*-????????{_file(pipe, folder, 0).suffix}"):
         number = left.name[1:].partition("-")[0]
         if number.isdecimal() and int(number) in indices:
-            left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # it was at work
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
 
 
 def _write(pipe: Pipeline, sample: Sample, path: Path, prompt: str | None) -> None:

@@ -34,7 +34,8 @@ _OPENERS: dict[str, Callable[..., Any]] = {
 }
 # A document begins at a title line " = Title = " (WikiText) or after <|endoftext|>.
 _DOCUMENT = re.compile(r"(?m)^(?= = [^=\n](?:.*[^=\n])? = $)|^<\|endoftext\|>\n?")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of PIL: no programs, as EPS would start
+# Of PIL; not EPS, for which it would start a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PARQUET = ".parquet"
 _DAMAGES = (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error)  # of a file or archive
@@ -253,7 +254,7 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
             large = picture.width * picture.height > 50_000_000
             array = None if large else pixels(picture, codec)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{name!r} is not a readable picture") from error
+        raise ValueError(f"{name!r} is not a readable picture; PNG and JPEG are") from error
     if array is None:
         raise ValueError(f"the picture {name!r} is larger than 50 million pixels; scale it down")
     return array

@@ -50,6 +50,12 @@ def house() -> House:
     return House()
 
 
+@pytest.fixture(autouse=True)
+def _own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that no page in this process makes a folder of its own."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+
+
 def rebuilt(messages: Iterable[dict[str, Any]]) -> list[Any]:
     """What the browser has after these messages; see ``news`` in browser/shared.js."""
     run, items = 0, []
@@ -924,7 +930,8 @@ serve()
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": "",
+                          "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -938,16 +945,14 @@ def test_files_of_visitors_are_kept_where_no_other_user_reads_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
-
-    def launch(*_: Any, **__: Any) -> None:
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        seen.append((folder, folder.stat().st_mode & 0o777 if folder.exists() else None))
-
-    monkeypatch.setattr("genssm.interface.page.launch", launch)
-    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    monkeypatch.setattr(
+        "genssm.interface.page.launch",
+        lambda *_, **__: seen.append(Path(os.environ["GRADIO_TEMP_DIR"])),
+    )
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     serve()
-    assert seen[0][1] == 0o700
-    assert not seen[0][0].exists()
+    assert seen[0].stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "own"))
     serve()
-    assert seen[1][0] == tmp_path / "own"
+    assert seen[1] == tmp_path / "own"

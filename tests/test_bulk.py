@@ -1,6 +1,7 @@
 """Folders of samples: every index once, whoever draws it, and gone on with after any end."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,11 +118,13 @@ def test_what_a_killed_writer_left_is_removed_by_who_draws_it_again(
     sample_to_folder(pipe, tmp_path, replace(REQUEST, count=1), None)
     for name in (".000000-abcd_123.png", ".000009-abcd_123.png", ".mine.png"):
         (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9, 1e9))
+    (tmp_path / ".000000-at__work.png").touch()
     sample_to_folder(pipe, tmp_path, REQUEST, None, rank=0, processes=2)
     hidden = [p.name for p in tmp_path.glob(".*")]
-    assert sorted(hidden) == [".000009-abcd_123.png", ".mine.png"]
+    assert sorted(hidden) == [".000000-at__work.png", ".000009-abcd_123.png", ".mine.png"]
     sample_to_folder(pipe, tmp_path, REQUEST, None, rank=1, processes=2)
-    assert [p.name for p in tmp_path.glob(".*")] == [".mine.png"]
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".000000-at__work.png", ".mine.png"]
 
 
 @pytest.mark.parametrize(

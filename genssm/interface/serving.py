@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from genssm.interface.house import House
@@ -22,31 +24,24 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     from genssm.interface.page import build_page, launch
 
-    with _private_folder():
-        try:
-            launch(build_page(house), port=port, share=share)
-        except OSError as error:
-            if port is None or "empty port" not in str(error):
-                raise
-            raise OSError(f"the port {port} is taken; give another one") from error
+    _keep_private()
+    try:
+        launch(build_page(house), port=port, share=share)
+    except OSError as error:
+        if port is None or "empty port" not in str(error):
+            raise
+        raise OSError(f"the port {port} is taken; give another one") from error
 
 
-@contextmanager
-def _private_folder() -> Iterator[None]:
+def _keep_private() -> None:
     """Gradio keeps visitors' files in /tmp/gradio, for all users of a machine to read; so here they
-    have a folder of their own, unless one is given, which ends with the page."""
-    name = "GRADIO_TEMP_DIR"
-    if os.environ.get(name):
-        yield
+    have a folder of their own, unless one is given, which ends with the process."""
+    if os.environ.get("GRADIO_TEMP_DIR"):
         return
-    with tempfile.TemporaryDirectory(prefix="genssm-", ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        with suppress(ValueError):  # not the main thread: signals are its caller's business
-            signal.signal(signal.SIGTERM, _end)
-        try:
-            yield
-        finally:
-            del os.environ[name]
+    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="genssm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with suppress(ValueError):  # not the main thread: signals are its caller's business
+        signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: object) -> NoReturn:

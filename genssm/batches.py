@@ -183,10 +183,8 @@ class ClipBatches:
         n = len(self.begins)
         together = min(self.group * batch_size, n // batch_size * batch_size)
         if together == 0:
-            raise ValueError(
-                f"a batch of {batch_size} needs as many clips, or parts of {length} tokens of "
-                f"longer ones; got {n}"
-            )
+            parts = "" if codec.durations else f", or parts of {length} tokens of longer ones"
+            raise ValueError(f"a batch of {batch_size} needs as many clips{parts}; got {n}")
         self.shuffled = _Shuffled(n, together, seed)
 
     def batch(self, step: int) -> Batch:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+import torch
+
 from genssm.codec import Codec, Image
 from genssm.layers import build_layer
 from genssm.model import ModelConfig
@@ -178,8 +180,9 @@ class Recipe:
         changed = replace(self, codec=codec, model=model, train=replace(self.train, **train))
         config = ModelConfig(vocab_size=2, n_outputs=2, l_max=changed.train.length, **model)
         changed._check_lengths(config)
-        for width in config.d_model:
-            build_layer(config.layer, width, config.d_state, 1, **config.layer_settings)
+        with torch.random.fork_rng(devices=()):
+            for width in config.d_model:
+                build_layer(config.layer, width, config.d_state, 1, **config.layer_settings)
         if sum(config.n_layers) > _MOST_LAYERS:
             raise ValueError(
                 f"n_layers must be at most {_MOST_LAYERS} in all, got {sum(config.n_layers)}"

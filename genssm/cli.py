@@ -270,14 +270,14 @@ def sample(
         raise UsageError(str(error)) from error
     single = len(plan.indices) == 1
     live = pipe.modality == "text" and single and out is None and not as_json
+    lost: list[OSError] | None = None if save_state is None else []
     if live:
-        read = pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)])
-        sys.stdout.write(harmless(read))
+        _write(pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)]), lost)
     waiting = threading.Timer(PATIENCE, note, [FIRST_USE, quiet or as_json])
     waiting.daemon = True
     if pipe.engine_name.startswith("cpu"):
         waiting.start()
-    drawn, interrupted = _draw(sessions, live, waiting.cancel, to_end=save_state is not None)
+    drawn, interrupted = _draw(sessions, live, waiting.cancel, lost)
     samples = pipe.best([s for session in drawn for s in session.samples()], job.request)
     try:
         _deliver(samples, output, as_json, live)
@@ -285,6 +285,8 @@ def sample(
         if save_state is not None and drawn:
             with files.claimed([save_state], force):
                 pipe.save_state(drawn[0].reading(), save_state)
+    if lost:
+        raise lost[0]
     if not quiet and not as_json and samples:
         _summarize(samples, output)
     if interrupted:
@@ -421,13 +423,26 @@ def _tokens(pipe: Pipeline, seconds: float, max_tokens: int | None) -> int:
     return round(seconds * rate)
 
 
+def _write(text: str, lost: list[OSError] | None) -> None:
+    """Write text to stdout. An error, because its reader has gone or its disk is full, ends all,
+    unless there is a list in which it can wait."""
+    try:
+        sys.stdout.write(harmless(text))
+        sys.stdout.flush()
+    except OSError as error:
+        if lost is None:
+            raise
+        lost.append(error)
+        write_nowhere(sys.stdout)
+
+
 def _draw(
-    sessions: Iterable[Session], live: bool, begun: Callable[[], None], to_end: bool = False
-) -> tuple[list[Session], bool]:
+    sessions: Iterable[Session], live: bool, begun: Callable[[], None],
+    lost: list[OSError] | None = None,
+) -> tuple[list[Session], bool]:  # fmt: skip
     """What was drawn, and whether Ctrl-C cut it short. ``live`` writes text as it comes.
 
-    ``begun`` is called at every piece, and when there is no more. With ``to_end`` a reader of the
-    text that has gone ends nothing.
+    ``begun`` is called at every piece, and when there is no more. ``lost``: see ``_write``.
     """
     drawn: list[Session] = []
     try:
@@ -436,13 +451,7 @@ def _draw(
             for _, piece in session:
                 begun()
                 if live:
-                    try:
-                        sys.stdout.write(harmless(piece))
-                        sys.stdout.flush()
-                    except BrokenPipeError:
-                        if not to_end:
-                            raise
-                        write_nowhere(sys.stdout)
+                    _write(piece, lost)
     except KeyboardInterrupt:
         if not drawn:
             raise

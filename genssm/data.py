@@ -301,7 +301,7 @@ def _sound_label(name: PurePosixPath, codec: Codec) -> str | None:
     return folder if folder and (own is None or codec.broader(own) != folder) else own
 
 
-def _is_cut_short(file: IO[bytes]) -> bool:
+def is_cut_short(file: IO[bytes]) -> bool:
     """Whether this is the beginning of a WAV file.
 
     One that was streamed states no length but 2^31 or 2^32, about; some state 8 bytes too many.
@@ -329,7 +329,7 @@ def read_sound(file: IO[bytes], codec: Audio, name: str) -> np.ndarray:
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name!r} is not a readable sound file") from error
-    if _is_cut_short(file):
+    if is_cut_short(file):
         raise ValueError(f"{name!r} is cut short: its header tells of more samples")
     try:
         return codec.waveform(wave, sound.samplerate)

@@ -594,6 +594,10 @@ def test_long_clips_are_refused_and_others_cut_to_their_end(
     wave = 0.5 * np.sin(np.arange(2 * 4000) / 7).astype(np.float32)
     file = write_sound(tmp_path / "a.wav", wave, 4000)
     heard = uploads.clip(str(file), codec, 0.5)
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="this clip is cut short"):
+        uploads.clip(str(cut), codec, 0.5)
     assert len(heard) == pytest.approx(4000, abs=8)
     assert np.abs(heard).max() == pytest.approx(0.5, abs=0.05)
     long = write_sound(tmp_path / "b.wav", np.zeros(31 * 4000, np.float32), 4000)

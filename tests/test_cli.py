@@ -388,6 +388,17 @@ def test_a_full_disk_under_stdout_is_one_sentence(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_state_is_kept_when_the_disk_of_the_text_is_full(folders, tmp_path) -> None:
+    made = ["-m", folders["text"], "--max-tokens", "9", "--save-state", str(tmp_path / "a")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "sample", *made], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "genssm: [Errno 28] No space left on device\n")
+    assert (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_the_notes_costs_no_sample(folders) -> None:
     made = ["sample", "-m", folders["text"], "-p", "The fox", "--max-tokens", "2"]
     with Path("/dev/full").open("w") as full:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from genssm.codec import Audio, Image, check_rate
-from genssm.data import pixels
+from genssm.data import is_cut_short, pixels
 
 BYTES = 2**21  # of a file
 PIXELS = 25_000_000  # of a picture, before it is scaled
@@ -58,6 +58,9 @@ def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:
                 )
             sound.seek(max(0, sound.frames - int(seconds * sound.samplerate)))
             wave, rate = sound.read(dtype="float32", always_2d=True), sound.samplerate
+        with Path(path).open("rb") as file:
+            if is_cut_short(file):
+                raise ValueError("this clip is cut short; send all of it")
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError("this file is no sound that can be read; WAV and FLAC are") from error
     if not len(wave):

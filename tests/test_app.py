@@ -936,6 +936,8 @@ serve()
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         env=os.environ | {"TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": "",
                           "PYTHONPATH": str(Path(__file__).parents[1])},
+        # Background jobs inherit an ignored SIGINT, which Python would keep ignoring.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"

@@ -183,8 +183,8 @@ class ClipBatches:
         n = len(self.begins)
         together = min(self.group * batch_size, n // batch_size * batch_size)
         if together == 0:
-            parts = "" if codec.durations else f", or parts of {length} tokens of longer ones"
-            raise ValueError(f"a batch of {batch_size} needs as many clips{parts}; got {n}")
+            or_parts = "" if codec.durations else f", or parts of {length} tokens of longer ones"
+            raise ValueError(f"a batch of {batch_size} needs as many clips{or_parts}; got {n}")
         self.shuffled = _Shuffled(n, together, seed)
 
     def batch(self, step: int) -> Batch:
@@ -219,10 +219,13 @@ class ClipBatches:
             read = self._faded(read, lengths, _random(self.seed, step, 5))
         if self.noise:
             read = self._noisy(read, _random(self.seed, step, 3))
-        if n := opening:
-            chance = torch.from_numpy(_random(self.seed, step, 4).random((self.batch_size, n + 1)))
-            everything = chance[:, n:] < torch.where(read[:, :1] == self.codec.boundary, 0.5, 0.05)
-            read[:, 1 : n + 1][(chance[:, :n] < 0.05) | everything] = self.codec.boundary
+        if opening:
+            shape = (self.batch_size, opening + 1)
+            chance = torch.from_numpy(_random(self.seed, step, 4).random(shape))
+            limit = torch.where(read[:, :1] == self.codec.boundary, 0.5, 0.05)
+            everything = chance[:, opening:] < limit
+            hidden = (chance[:, :opening] < 0.05) | everything
+            read[:, 1 : opening + 1][hidden] = self.codec.boundary
         return Batch(tokens, weights, read)
 
     def _later(self, members: np.ndarray, random: np.random.Generator) -> np.ndarray:

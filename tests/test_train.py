@@ -556,7 +556,7 @@ def test_clips_that_do_not_fit_are_counted(data: dict[str, Path], tmp_path: Path
 def test_one_long_recording_is_trained_in_parts(
     tmp_path: Path, write_sound: Callable[..., Path], recwarn: pytest.WarningsRecorder
 ):
-    """One file a split, without a warning; 84 sequences of 48 samples are an epoch."""
+    """One file a split, without a warning; 96 sequences of 48 tokens are an epoch."""
     recipe = RECIPES["audio"].changed(
         {"labels": (), "durations": (), "levels": (), "conditioned": False, "steps": 22}
     )

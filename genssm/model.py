@@ -190,6 +190,14 @@ class Block(nn.Module):
     def forward(self, u: Tensor, rate: float = 1.0) -> Tensor:
         return self.mixer(u, self.ssm(self.norm(u), rate))
 
+    @torch.no_grad()
+    def make_identity(self) -> None:
+        """Let the block return its input, until it is trained."""
+        gate, down = self.mixer.gate, self.mixer.down
+        value = slice(gate.out_features // 2)  # F.glu multiplies it by the sigmoid of the rest
+        for tensor in (gate.weight[value], gate.bias[value], down.weight, down.bias):
+            tensor.zero_()
+
     def to_recurrent(self, rate: float = 1.0) -> "RecurrentBlock":
         return RecurrentBlock(_frozen(self.norm), self.ssm.to_recurrent(rate), _frozen(self.mixer))
 

@@ -18,7 +18,7 @@ from genssm.checkpoint import Checkpoint, replace_file
 from genssm.codec import Audio, Codec, Image, Text, codec_from_config
 from genssm.data import Example, open_picture_array
 from genssm.layers import S4
-from genssm.model import ModelConfig, SequenceModel
+from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.recipes import Recipe
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens
@@ -238,10 +238,15 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
 
     Labels that it does not know begin as the class they are a part of, or else as "any", and so do
     durations and levels. Inputs that it does not have begin with nothing: a class that is added at
-    every position, taps, recall. S4 stores C for the length that it was trained on, so that C is
-    brought to the model's.
+    every position, taps, recall. Blocks that it does not have, at the end of a level, begin as the
+    identity. S4 stores C for the length that it was trained on, and C is brought to the model's.
     """
+    known = dict(start.model.named_modules())
     weights, own = dict(start.model.state_dict()), model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Block) and name not in known:
+            module.make_identity()
+            weights |= {f"{name}.{key}": own[f"{name}.{key}"] for key in module.state_dict()}
     weights |= {
         name: torch.zeros_like(parameter)
         for name, parameter in own.items()
@@ -255,13 +260,15 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
             for name in ("head.linear.weight", "head.linear.bias"):
                 weights[name] = weights[name][ids[: codec.n_outputs]]
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
-        raise ValueError("the model to start from has another shape than the recipe's")
+        raise ValueError(
+            "the model to start from has another shape than the recipe's; of what makes the shape "
+            "only n_layers may be larger"
+        )
     _check_meaning(start.model.config, model.config)
     model.load_state_dict(weights)
-    layers = dict(start.model.named_modules())
     for name, layer in model.named_modules():
-        if isinstance(layer, S4):
-            before = layers[name]
+        before = known.get(name)
+        if isinstance(layer, S4) and before is not None:
             assert isinstance(before, S4)
             if (layer.l_max, layer.truncated) != (before.l_max, before.truncated):
                 layer.load_output(before)

@@ -34,7 +34,7 @@ from genssm.evaluate import Evaluation, evaluate
 from genssm.layers import LAYERS
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
-from genssm.preparation import prepare
+from genssm.preparation import load_weights, prepare
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
 from genssm.training_report import describe
@@ -331,6 +331,30 @@ def test_what_a_checkpoint_does_not_know_begins_as_what_is_nearest(
     for name in ("head.linear.weight", "head.linear.bias"):
         torch.testing.assert_close(after[name], before[name][ids[:261]], rtol=0, atol=1e-5)
     assert float(after["inputs.token_taps.0"].abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_more_blocks_than_the_checkpoint_has_begin_as_the_identity(
+    name: str, data: dict[str, Path], tmp_path: Path
+):
+    """The deeper model predicts what the checkpoint does, and all of it can learn."""
+    recipe = RECIPES[name].changed({"steps": 2, "dropout": 0.0})
+    start = checkpoints.load(train(recipe, data[name], tmp_path / "out"))
+    layers = tuple(n + 2 for n in recipe.model["n_layers"])
+    model = SequenceModel(recipe.changed({"n_layers": layers}).model_config(start.codec))
+    load_weights(start, model, start.codec)
+    tokens = torch.randint(start.codec.n_outputs, (2, 13), generator=torch.manual_seed(0))
+    assert torch.equal(model(tokens), start.model(tokens))
+    new = set(dict(model.named_parameters())) - set(dict(start.model.named_parameters()))
+    learned = set[str]()
+    for _ in range(3):  # what lies before a weight that is zero learns once that is not
+        model.zero_grad()
+        model.log_prob(tokens).sum().backward()
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            learned |= {key} if bool(parameter.grad.any()) else set()
+            parameter.data += 1e-3 * parameter.grad.sign()
+    assert new <= learned
 
 
 @pytest.mark.parametrize(

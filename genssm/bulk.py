@@ -7,15 +7,13 @@ What is there already is not drawn again; ``bulk.json`` says what the folder hol
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from genssm import notes
-from genssm.checkpoint import replace_file
+from genssm.checkpoint import remove_leftovers, replace_file
 from genssm.codec import Audio, Image
 from genssm.files import png, sound
 from genssm.pipeline import Pipeline, Sample
@@ -69,7 +67,8 @@ def sample_to_folder(
     _plan(pipe, prompt, replace(request, label=label))  # refuses before the folder is made
     _agree(pipe, folder, request, prompt)
     blocks = list(_blocks(pipe, request.count, prompt))[rank::processes]
-    _remove_torn(pipe, folder, {i for _, indices in blocks for i in indices})
+    mine = {_FACTS} | {_file(pipe, folder, i).name for _, indices in blocks for i in indices}
+    remove_leftovers(folder, mine.__contains__, idle=60)  # a file is written in less
     drawn = 0
     for label, indices in blocks:
         missing = [i for i in indices if not _file(pipe, folder, i).exists()]
@@ -135,17 +134,6 @@ def _blocks(pipe: Pipeline, count: int, prompt: str | None) -> Iterator[tuple[st
 def _file(pipe: Pipeline, folder: Path, index: int) -> Path:
     suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[pipe.modality]
     return folder / f"{index:06}{suffix}"
-
-
-def _remove_torn(pipe: Pipeline, folder: Path, indices: set[int]) -> None:
-    """Remove the temporary files of these samples, whose writer was killed; one that is at work
-    needs them for less than a minute."""
-    for left in folder.glob(f".*-????????{_file(pipe, folder, 0).suffix}"):
-        number = left.name[1:].partition("-")[0]
-        if number.isdecimal() and int(number) in indices:
-            with suppress(FileNotFoundError):  # it was at work
-                if time.time() - left.stat().st_mtime > 60:
-                    left.unlink()
 
 
 def _write(pipe: Pipeline, sample: Sample, path: Path, prompt: str | None) -> None:

@@ -10,10 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -371,15 +373,23 @@ def _temporary(path: Path) -> str:
     return "." + os.fsdecode(os.fsencode(path.stem)[:most])
 
 
-def remove_leftovers(folder: Path, targets: Iterable[str]) -> None:
-    """Remove what writers that were killed left beside ``targets``, names (or patterns) of files
-    and folders in ``folder``; hidden files of others stay."""
-    for target in map(Path, targets):
-        for left in folder.glob(f"{_temporary(target)}-????????{target.suffix}"):
+def remove_leftovers(folder: Path, written: Callable[[str], object], idle: float = 0.0) -> None:
+    """Remove the temporary files and folders of names that were ``written`` in ``folder``.
+
+    Their writers were killed. Those that changed in the last ``idle`` seconds stay, since a writer
+    may be at work, and so do hidden files of others.
+    """
+    for left in folder.iterdir():
+        parts = re.fullmatch(r"\.(.+)-[a-z0-9_]{8}(\.[^.]+)?", left.name)
+        if parts is None or not written("".join(parts.groups(""))):
+            continue
+        with suppress(FileNotFoundError):  # its writer was at work
+            if time.time() - left.stat().st_mtime < idle:
+                continue
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                left.unlink()
 
 
 def _flush(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import signal
 import time
 import warnings
@@ -33,7 +34,8 @@ from genssm.update import check_parts, compile_pointwise, spread, train_step
 
 PROBE = 1024  # validation tokens stored in a checkpoint to compare its two views on
 _CHECKPOINT = "checkpoint"
-_WRITTEN = (_CHECKPOINT, STATE, LOG, TOKENIZER, "tokens-*.bin", "tokens-*.json")
+_NAMES = "|".join(map(re.escape, (_CHECKPOINT, STATE, LOG, TOKENIZER)))
+_WRITTEN = re.compile(rf"{_NAMES}|tokens-.*\.(bin|json)")
 _LOST = 100  # steps in a row without a finite gradient after which a training is given up
 
 
@@ -220,7 +222,7 @@ class _Training:
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:
-            checkpoints.remove_leftovers(out, _WRITTEN)
+            checkpoints.remove_leftovers(out, _WRITTEN.fullmatch)
         if recipe.modality != "text":  # before the data, which may take long
             recipe.model_config(build_codec(recipe))
         resumed = training_state.exists(out)

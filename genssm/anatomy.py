@@ -25,7 +25,6 @@ from genssm.pipeline import Pipeline
 from genssm.sampling import SamplingConfig
 from genssm.sampling_benchmark import (
     MARGIN,
-    SMALL,
     WARM_UP,
     build_transformer,
     last_logits,
@@ -84,10 +83,15 @@ def _blocks(model: SequenceModel) -> dict[str, tuple[Block, int]]:
     }
 
 
+def probe_of(pipe: Pipeline) -> Tensor:
+    """The real tokens that came with a checkpoint, (L,); the boundary alone where none did."""
+    return torch.tensor(pipe.config["probe"] or [pipe.codec.boundary])
+
+
 @torch.no_grad()
 def memories(pipe: Pipeline, length: int = 512) -> list[LayerMemory]:
     """Kernel, poles and half-lives of every layer, from the first to the last."""
-    probe = torch.tensor(pipe.config["probe"][:256] or [pipe.codec.boundary])
+    probe = probe_of(pipe)[:256]
     reports = {r.name: r for r in certify(pipe.model, pipe.recurrent, probe, pipe.rate).layers}
     found = []
     for name, (block, stride) in _blocks(pipe.model).items():
@@ -140,8 +144,8 @@ class StateView:
         self.names = list(blocks)
         self._orders = [block.ssm.dt().argsort() for block, _ in blocks.values()]
         state, largest = pipe.recurrent.initial_state(1), torch.full((self.rows,), 1e-12)
-        for token in pipe.config["probe"][:CALIBRATED]:
-            _, state = pipe.recurrent.step(torch.tensor([token]), state)
+        for token in probe_of(pipe)[:CALIBRATED]:
+            _, state = pipe.recurrent.step(token[None], state)
             largest = torch.maximum(largest, self._magnitudes(state.layers))
         self._scale = HEADROOM * largest
 
@@ -204,7 +208,7 @@ def race(pipe: Pipeline, lengths: Sequence[int]) -> Iterator[Lap]:
     if has_transformers():
         size = sum(p.numel() for p in pipe.model.parameters())
         transformer = build_transformer(size, pipe.model.config, max(lengths) + MARGIN)
-    probe = torch.tensor(pipe.config["probe"])
+    probe = probe_of(pipe)
     convolved = partial(last_logits, pipe.model, rate=pipe.rate)
     for length in lengths:
         context = probe.repeat(-(-length // len(probe)))[:length]
@@ -213,7 +217,7 @@ def race(pipe: Pipeline, lengths: Sequence[int]) -> Iterator[Lap]:
                 length,
                 _stepped(pipe, context),
                 1000 / measure_recomputed(convolved, length, 1),
-                transformer and 1000 / measure_cached(transformer, length, SMALL),
+                transformer and 1000 / measure_cached(transformer, length, 1),
             )
         yield lap
 

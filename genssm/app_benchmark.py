@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -78,10 +79,11 @@ def server(**environment: str) -> Iterator[tuple[str, int, float]]:
 def resident_bytes(process: int) -> int | None:
     """Memory that a process holds; None where the system does not say so."""
     try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
         return None
-    return pages * 4096
+    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
 
 
 def errand(client: Any, turn: int, *, leave: bool = False) -> Errand:

@@ -288,7 +288,7 @@ def sample(
     if lost:
         raise lost[0]
     if not quiet and not as_json and samples:
-        _summarize(samples, output)
+        _summarize(samples, output, drawn)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -476,14 +476,14 @@ def _deliver(samples: list[Sample], output: Output, as_json: bool, live: bool) -
             sys.stdout.write(f"{file}\n")
 
 
-def _summarize(samples: list[Sample], output: Output) -> None:
+def _summarize(samples: list[Sample], output: Output, drawn: list[Session]) -> None:
     preview = (
         output.preview(samples) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ""
     )
     tokens = sum(len(s.tokens) for s in samples)
     bits = sum(s.bits for s in samples)
-    seconds = samples[-1].seconds
-    speed = tokens / seconds if seconds else 0.0
+    seconds = sum(session.seconds for session in drawn)
+    speed = sum(len(t) for session in drawn for t in session.tokens) / max(seconds, 1e-9)
     note(
         f"{preview}seed {samples[0].seed} · {tokens} tokens · {speed:.0f} tokens/s · "
         f"{bits / max(1, tokens):.2f} bits/token · {output.pipe.engine_name}"

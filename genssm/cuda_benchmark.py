@@ -100,7 +100,7 @@ def measure_shape(
             yield BatchSpeed(name, "genssm cuda", weights, batch, None, ours, speed)
             if transformer is not None:
                 other: nn.Module = transformer.to(dtype)
-                speed = _unless_full(measure_cached, other, context, extent, batch)
+                speed = _unless_full(measure_cached, other, context, extent.repeats, batch)
                 engine = "GPT-2 with KV cache"
                 yield BatchSpeed(name, engine, weights, batch, context, theirs, speed)
 

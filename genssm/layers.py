@@ -7,9 +7,11 @@ Sources: LSSL (arXiv 2110.13985), S4 (arXiv 2111.00396), S4D (arXiv 2206.11893).
 """
 
 import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, Unpack, get_args, get_type_hints
 
 import torch
@@ -59,6 +61,27 @@ class StateSpaceSettings(LayerSettings, total=False):
     decay: str  # -Re Λ as a function of its parameter: "exp" or "softplus"
 
 
+@dataclass(frozen=True)
+class _KeptKernel:
+    """A kernel, and copies of what it was made of: not every change of a tensor is counted."""
+
+    span: int
+    rate: float
+    made_of: list[Tensor]
+    kernel: Tensor
+
+    def serves(self, span: int, rate: float, tensors: list[Tensor]) -> bool:
+        return (self.span, self.rate) == (span, rate) and all(
+            (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+            for a, b in zip(self.made_of, tensors, strict=True)
+        )
+
+
+@torch.no_grad()
+def _converted(layer: "TrainedLayer", rate: float, factor: float) -> Recurrence:
+    return layer._recurrence(rate * factor)
+
+
 class TrainedLayer(nn.Module, ABC):
     """What every layer shares: Δ and D, convolution by FFT, groups of parameters.
 
@@ -89,7 +112,7 @@ class TrainedLayer(nn.Module, ABC):
             raise ValueError(f"the range of dt needs 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.log_dt = nn.Parameter(torch.rand(d_model) * (high / low).log() + low.log())
         self.D = nn.Parameter(torch.randn(d_model * channels))
-        self._kept: tuple[tuple, Tensor] | None = None  # one attribute, for threads
+        self._kept: _KeptKernel | None = None
 
     @property
     def rows(self) -> int:
@@ -136,22 +159,15 @@ class TrainedLayer(nn.Module, ABC):
             return y
 
     def _kernel_of(self, length: int, rate: float) -> Tensor:
-        """``kernel``, kept between calls that need no gradient while nothing changes.
-
-        A call with gradients forgets it, for not every optimizer tells torch what it changes.
-        """
+        """``kernel``, kept between calls that need no gradient while nothing changes."""
         if torch.is_grad_enabled():
-            self._kept = None
             return self.kernel(length, rate)
+        span, kept = self._kept_length(length), self._kept  # read once: threads may replace it
         tensors = [*self.parameters(), *self.buffers()]
-        if any(t.is_inference() for t in tensors):  # whose changes torch does not count
-            return self.kernel(length, rate)
-        span = self._kept_length(length)
-        key = (span, rate, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors))
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            self._kept = kept = key, self.kernel(span, rate)
-        return kept[1][..., :length]
+        if kept is None or not kept.serves(span, rate, tensors):
+            made_of = [t.detach().clone() for t in tensors]
+            self._kept = kept = _KeptKernel(span, rate, made_of, self.kernel(span, rate))
+        return kept.kernel[..., :length]
 
     def _kept_length(self, length: int) -> int:
         """The length of the kernel that serves sequences of ``length``."""
@@ -167,8 +183,12 @@ class TrainedLayer(nn.Module, ABC):
         self._refuse_half()
         frozen = copy.deepcopy(self).requires_grad_(False)
         recurrence = frozen._recurrence(rate)
-        recurrence.convert = torch.no_grad()(lambda factor: frozen._recurrence(rate * factor))
+        recurrence.convert = functools.partial(_converted, frozen, rate)
         return recurrence
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make their own kernels."""
+        return self.__dict__ | {"_kept": None}
 
     def _refuse_future(self) -> None:
         if self.bidirectional:
@@ -366,9 +386,7 @@ class S4(StateSpace):
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         ssm.check_length(length)
         C, span = self._output(), self.l_max
-        if not self.truncated:
-            C, span = self._cut(self._output(torch.float64), length, rate).to(C.dtype), length
-        elif length > span or rate != 1:
+        if not self.truncated or length > span or rate != 1:
             C, span = self._cut(self._solve_output(), length, rate).to(C.dtype), length
         P, B = self._low_rank()
         if self._lasting or not torch.is_grad_enabled():

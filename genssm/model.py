@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -834,14 +834,15 @@ class State(NamedTuple):
         return State(self.position, self.history[index], self.recall[index], layers)
 
 
-def _as_trained(method: Callable[P, R]) -> Callable[P, R]:
+def _as_trained(
+    method: Callable[Concatenate["RecurrentModel", P], R],
+) -> Callable[Concatenate["RecurrentModel", P], R]:
     """Without gradients, and in the weights' own precision whatever the autocast around."""
 
     @functools.wraps(method)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        tokens = args[1] if len(args) > 1 else next(iter(kwargs.values()))
-        with torch.no_grad(), without_autocast(cast(Tensor, tokens)):
-            return method(*args, **kwargs)
+    def exact(self: "RecurrentModel", *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), without_autocast(self.norm.weight):
+            return method(self, *args, **kwargs)
 
     return exact
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Replicate
 
 from genssm.model import SequenceModel
@@ -20,7 +19,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
@@ -92,20 +91,6 @@ class Muon(torch.optim.Optimizer):
                     p.add_(_like(p, update.to(p.dtype)), alpha=-scale)
 
 
-class AdamW(torch.optim.AdamW):
-    """The fused AdamW, whose updates count as changes.
-
-    Its kernel does not raise the versions of the parameters, by which layers know that a kernel
-    which they keep between evaluations is out of date.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        super().step(closure)
-        for group in self.param_groups:
-            increment_version([p for p in group["params"] if p.grad is not None])
-
-
 def build_optimizers(
     model: SequenceModel, lr: float, matrix_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
@@ -113,7 +98,7 @@ def build_optimizers(
     groups = model.parameter_groups()
     return [
         Muon(groups["matrices"], matrix_lr, weight_decay),
-        AdamW(
+        torch.optim.AdamW(
             [
                 {"params": groups["others"], "lr": lr},
                 {"params": groups["dynamics"], "lr": min(lr, 1e-3)},

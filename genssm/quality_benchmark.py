@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genssm.batches import Batch
 from genssm.benchmark import machine
 from genssm.model import ModelConfig, SequenceModel
-from genssm.optim import AdamW, Muon, build_optimizers, rate
+from genssm.optim import Muon, build_optimizers, rate
 from genssm.preparation import Prepared, prepare
 from genssm.recipes import Recipe
 from genssm.update import Objective, train_step
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         matrices = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
         seen = set(matrices)
         others = [p for p in self.model.parameters() if p not in seen]
-        adam = AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         return [Muon(matrices, matrix_lr, decay), adam]
 
 

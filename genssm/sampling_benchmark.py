@@ -352,7 +352,6 @@ def build_transformer(parameters: int, config: ModelConfig, positions: int) -> n
 
     width = config.d_model[0]
     layers, _ = transformer_size(parameters, config.vocab_size, width)
-    torch.manual_seed(0)
     settings = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=positions,
@@ -362,7 +361,9 @@ def build_transformer(parameters: int, config: ModelConfig, positions: int) -> n
         bos_token_id=None,
         eos_token_id=None,
     )
-    return GPT2LMHeadModel(settings).eval()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(settings).eval()
 
 
 def _drawn(logits: Tensor, stream: RandomStream) -> Tensor:
@@ -371,15 +372,20 @@ def _drawn(logits: Tensor, stream: RandomStream) -> Tensor:
     return draw(probabilities(logits, SamplingConfig()), uniform)
 
 
+def _counting(length: int, device: torch.device | None = None) -> Tensor:
+    """Tokens to read (1, L): which they are does not matter to the time."""
+    return torch.arange(length, device=device)[None] % 256
+
+
 @torch.no_grad()
-def measure_cached(model: nn.Module, context: int, extent: Extent, batch: int = 1) -> float:
+def measure_cached(model: nn.Module, context: int, repeats: int, batch: int = 1) -> float:
     """Tokens a second, of all samples, of a Transformer with its cache of keys and values.
 
     A step costs what it does at ``context`` to ``context + MARGIN`` tokens.
     """
-    stream, steps = RandomStream(0, 0), MARGIN // (extent.repeats + 1)
-    tokens = torch.randint(0, 256, (batch, context)).to(next(model.parameters()).device)
-    out = model(tokens, use_cache=True, logits_to_keep=1)
+    stream, steps = RandomStream(0, 0), MARGIN // (repeats + 1)
+    tokens = _counting(context, next(model.parameters()).device)
+    out = model(tokens.expand(batch, -1), use_cache=True, logits_to_keep=1)
 
     def run() -> None:
         nonlocal out
@@ -389,7 +395,7 @@ def measure_cached(model: nn.Module, context: int, extent: Extent, batch: int = 
         out.logits.cpu()  # waits for a GPU
 
     run()
-    return batch * steps / statistics.median(_seconds(run) for _ in range(extent.repeats))
+    return batch * steps / statistics.median(_seconds(run) for _ in range(repeats))
 
 
 @torch.no_grad()
@@ -398,7 +404,7 @@ def measure_recomputed(logits: Callable[[Tensor], Tensor], context: int, repeats
 
     ``logits``: tokens (1, L) → (1, V) of the next.
     """
-    stream, tokens = RandomStream(0, 0), torch.randint(0, 256, (1, context))
+    stream, tokens = RandomStream(0, 0), _counting(context)
 
     def run() -> None:
         _drawn(logits(tokens), stream)
@@ -429,7 +435,7 @@ def measure_baselines(
                 if transformer is not None:
                     whole = _last_logits(transformer)
                     measured |= {
-                        "GPT-2 with KV cache": measure_cached(transformer, context, extent),
+                        "GPT-2 with KV cache": measure_cached(transformer, context, extent.repeats),
                         "GPT-2 without a cache": measure_recomputed(whole, context, extent.repeats),
                     }
             for name, speed in measured.items():

@@ -88,6 +88,23 @@ def test_a_race_times_every_runner(pipe: Pipeline, monkeypatch: pytest.MonkeyPat
     assert all(lap.step > 0 and lap.convolution > 0 and lap.transformer is None for lap in laps)
 
 
+def test_a_checkpoint_without_a_probe_is_looked_at_too(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anatomy, "has_transformers", lambda: False)
+    bare = Pipeline("toy", Checkpoint(pipe.model, pipe.codec), engine="eager")
+    assert anatomy.probe_of(bare).tolist() == [bare.codec.boundary]
+    assert [lap.length for lap in anatomy.race(bare, [3])] == [3]
+    assert anatomy.StateView(bare).levels(bare.recurrent.initial_state(1).layers).max() == 0
+
+
+@pytest.mark.skipif(not anatomy.has_transformers(), reason="needs transformers")
+def test_a_race_leaves_the_random_numbers_of_others(pipe: Pipeline) -> None:
+    before = torch.random.get_rng_state()
+    list(anatomy.race(pipe, [3]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_a_picture_sets_the_length_of_the_race(pipe: Pipeline) -> None:
     lengths = anatomy.race_lengths(pipe)
     assert lengths == ([] if pipe.modality == "image" else [128, 256, 512, 1024, 2048, 4096])

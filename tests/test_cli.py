@@ -21,11 +21,12 @@ from typer.testing import CliRunner, Result
 
 import genssm
 from genssm.checkpoint import Checkpoint, save
-from genssm.cli import _draw, app
+from genssm.cli import _draw, _summarize, app
 from genssm.codec import Codec, Image
+from genssm.files import Output
 from genssm.model import SequenceModel
-from genssm.pipeline import Pipeline
-from genssm.request import DEFAULTS, GUIDANCE
+from genssm.pipeline import Pipeline, load
+from genssm.request import DEFAULTS, GUIDANCE, Request
 
 COMMAND = [sys.executable, "-m", "genssm.cli"]
 
@@ -149,6 +150,18 @@ def test_sound_without_out_gets_a_name_of_its_own(run, folders, tmp_path) -> Non
         wave, rate = soundfile.read(tmp_path / f"audio-{n}.wav")
         assert rate == 8000
         assert len(wave) <= 80
+
+
+def test_the_speed_is_that_of_all_batches(folders, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("genssm.pipeline.LARGEST_BATCH", 2)
+    pipe = load(folders["text"], engine="eager")
+    sessions = list(pipe.batches(pipe.plan("The", Request(count=4, max_tokens=8, seed=1))))
+    samples = [sample for session in sessions for sample in session.run()]
+    tokens = sum(len(sample.tokens) for sample in samples)
+    for session, seconds in zip(sessions, (0.25, 0.75), strict=True):
+        session.seconds = seconds
+    _summarize(samples[:1], Output(pipe, None, 1, False, "The"), sessions)
+    assert f" · {tokens} tokens/s · " in capsys.readouterr().err
 
 
 def test_several_clips_are_numbered(run, folders, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -597,6 +598,34 @@ def test_kernels_are_not_kept_over_steps_that_torch_does_not_count():
         with torch.no_grad():
             evaluated = layer(u)
         assert torch.equal(evaluated, copy.deepcopy(layer)(u))
+
+
+@torch.no_grad()
+def test_kernels_follow_changes_that_torch_does_not_count():
+    layer, u = make("s4d"), torch.randn(1, 30, 4, dtype=torch.float64)
+    before = layer(u) - layer.D * u
+    layer.C.data.mul_(2)
+    torch.testing.assert_close(layer(u) - layer.D * u, 2 * before)
+    layer.C.numpy()[:] *= 2
+    torch.testing.assert_close(layer(u) - layer.D * u, 4 * before)
+    assert layer.float()(u.float()).dtype == torch.float32
+
+
+def test_copies_leave_the_kept_kernel_behind(name: str):
+    layer, u = make(name), torch.randn(1, 2048, 4, dtype=torch.float64)
+    recurrent = layer.to_recurrent()
+    sizes = [len(pickle.dumps(made)) for made in (layer, recurrent)]
+    with torch.no_grad():
+        layer(u)
+    assert [len(pickle.dumps(made)) for made in (layer, layer.to_recurrent())] == sizes
+
+
+def test_a_recurrence_can_be_sent_to_another_process(name: str):
+    recurrent, u = make(name).to_recurrent(), torch.randn(2, 4, dtype=torch.float64)
+    copied = pickle.loads(pickle.dumps(recurrent))
+    state = recurrent.initial_state(2)
+    for rate in (1.0, 0.5):
+        assert torch.equal(copied.step(u, state, rate)[0], recurrent.step(u, state, rate)[0])
 
 
 @torch.no_grad()

@@ -63,10 +63,10 @@ class Inspector:
         modality = _modality(model)
         made = {"text": written, "image": drawn, "audio": spoken}[modality]
         pipe = self.house.pipe(modality, getattr(made, "rate", 1.0))
-        tokens, source = _last_tokens(made), "what was just made"
+        tokens, source = torch.tensor(_last_tokens(made)), "what was just made"
         if len(tokens) < 2:
-            tokens, source = pipe.config["probe"], "real data; make something to compare on that"
-        tokens = torch.tensor(tokens[:COMPARED])
+            tokens, source = anatomy.probe_of(pipe), "real data; make something to compare on that"
+        tokens = tokens[:COMPARED]
         stepped, prefilled, largest = [], [], 0.0
         for found in anatomy.agreements(pipe, tokens):
             stepped.append([found.position + 1, max(found.step, 1e-8)])

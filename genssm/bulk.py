@@ -56,7 +56,7 @@ def sample_to_folder(
     set a seed. Raises ValueError for a folder with other samples, or for settings that do not fit.
     """
     if request.seed is None:
-        raise ValueError("samples in a folder need a seed, so that they can be gone on with")
+        raise ValueError("samples in a folder need a seed, so that drawing can be resumed")
     if request.rank > 1:
         raise ValueError("rank chooses among samples; in a folder each is kept")
     if request.first or request.label is not None:

@@ -158,7 +158,7 @@ def _load(folder: Path) -> Checkpoint:
     check(
         version == FORMAT_VERSION,
         f"has format version {version}, this genssm reads {FORMAT_VERSION}; "
-        + ("upgrade genssm" if str(version) > str(FORMAT_VERSION) else "convert or retrain it"),
+        + ("upgrade genssm" if _is_newer(version) else "convert or retrain it"),
     )
     sections = {"codec": dict, "model": dict, "training": dict, "metrics": dict, "probe": list}
     names = sorted(["format_version", *sections])
@@ -203,6 +203,10 @@ def _load(folder: Path) -> Checkpoint:
     known = all(isinstance(t, int) and 0 <= t < model.config.vocab_size for t in probe)
     check(known and len(probe) <= LONGEST_PROBE, "has a damaged section 'probe'")
     return Checkpoint(model.eval(), codec, config["training"], config["metrics"], tuple(probe))
+
+
+def _is_newer(version: object) -> bool:
+    return isinstance(version, int) and version > FORMAT_VERSION
 
 
 def _least_weights(config: ModelConfig) -> int:

@@ -671,7 +671,8 @@ def evaluate(
     if samples is not None and limit is not None:
         raise UsageError("--limit is of data that is measured; --samples alone says how many")
     if samples is None and (given or classifier is not None):
-        raise UsageError(f"{', '.join(given) or 'classifier'}: of samples; give --samples, too")
+        named = ", ".join("--" + name.replace("_", "-") for name in given or ("classifier",))
+        raise UsageError(f"{named}: for samples only; add --samples N")
     if classify and samples is not None:
         raise UsageError("--classify measures data, --samples measures samples; give one of them")
     _check_record(record)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genssm.model import Linear, RecurrentModel, State
-from genssm.sampling import draw, guided, penalize
+from genssm.sampling import draw, guided, penalize, renormalized
 from genssm.stepping import Draws, UnsupportedError
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the linear maps
@@ -114,21 +114,16 @@ def probabilities(logits: Tensor, settings: Tensor, filtered: bool) -> Tensor:
     p = torch.softmax(below / torch.where(greedy, 1.0, temperature), -1)
     likeliest = torch.zeros_like(p).scatter(-1, logits.argmax(-1, True), 1.0)
     if not filtered:
-        p = _renormalized(p, p >= min_p * p.amax(-1, True))
+        p = renormalized(p, p >= min_p * p.amax(-1, True))
         return torch.where(greedy, likeliest, p)
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     size = p.shape[-1]
     k = torch.where((top_k > 0) & (top_k < size), top_k, size).long()
-    ordered = _renormalized(ordered, ordered >= ordered.gather(-1, k - 1))
+    ordered = renormalized(ordered, ordered >= ordered.gather(-1, k - 1))
     before = ordered.cumsum(-1) - ordered
-    ordered = _renormalized(ordered, (before < top_p) | (top_p >= 1))
-    ordered = _renormalized(ordered, ordered >= min_p * ordered[:, :1])
+    ordered = renormalized(ordered, (before < top_p) | (top_p >= 1))
+    ordered = renormalized(ordered, ordered >= min_p * ordered[:, :1])
     return torch.where(greedy, likeliest, torch.zeros_like(p).scatter(-1, order, ordered))
-
-
-def _renormalized(p: Tensor, kept: Tensor) -> Tensor:
-    p = p * kept
-    return p / p.sum(-1, keepdim=True)
 
 
 class CapturedModel:

@@ -76,7 +76,7 @@ def files_at(path: Path) -> list[Path]:
 
 
 def _hidden(name: str) -> bool:
-    """Whether it is no data: what systems and writers keep beside it begins with a dot."""
+    """Whether a name begins with a dot, as of what systems and writers keep beside the data."""
     return name.startswith(".")
 
 
@@ -254,7 +254,7 @@ def read_picture(file: IO[bytes], codec: Image, name: str) -> np.ndarray:
             large = picture.width * picture.height > 50_000_000
             array = None if large else pixels(picture, codec)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{name!r} is not a readable picture; PNG and JPEG are") from error
+        raise ValueError(f"{name!r} is not a readable picture; give a PNG or JPEG") from error
     if array is None:
         raise ValueError(f"the picture {name!r} is larger than 50 million pixels; scale it down")
     return array

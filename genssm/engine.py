@@ -132,7 +132,7 @@ class Generation:
             self._pending = self._pending[rows]
 
     def present(self) -> None:
-        """Nothing: the token drawn last is read with the next step; see ``snapshot``."""
+        """None: the token drawn last is read only with the next step; see ``snapshot``."""
 
     def snapshot(self) -> Snapshot:
         """What the model remembers of every active sample, without the token drawn last."""

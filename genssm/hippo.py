@@ -169,7 +169,7 @@ class Memory:
         self.A, self.B = operator(measure, N)
         self.measure, self.dt = measure, dt
         if (measure == "legs") != (dt is None):
-            raise ValueError("legs takes no dt, every other measure needs one")
+            raise ValueError(f"legs takes no dt, every other measure needs one; got dt={dt}")
         if dt is not None:
             self._A_bar, self._B_bar = discretize(self.A, self.B, dt, "bilinear")
         self.steps = 0

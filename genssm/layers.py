@@ -50,8 +50,8 @@ class LayerSettings(TypedDict, total=False):
 
     channels: int  # outputs M of each feature
     bidirectional: bool  # a second kernel reads the future
-    dt_min: float | Sequence[float]  # range of the initial Δ, in steps,
-    dt_max: float | Sequence[float]  # for all features or one by one
+    dt_min: float | Sequence[float]  # least initial Δ, in steps, of all features or of each
+    dt_max: float | Sequence[float]  # largest
 
 
 class StateSpaceSettings(LayerSettings, total=False):

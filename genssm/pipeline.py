@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genssm import checkpoint as checkpoints
 from genssm import states
-from genssm.codec import Audio, Codec, Decoder, Image, Raw
+from genssm.codec import Audio, Codec, Decoder, Image, Raw, check_rate
 from genssm.conversion import to_recurrent
 from genssm.cuda import CapturedModel
 from genssm.data import Example
@@ -51,7 +51,7 @@ class Sample:
 
     modality: str
     raw: Raw  # prompt and continuation: str, uint8 (H, W, C), or float32 (samples,)
-    tokens: list[int]  # the drawn tokens, without the prompt
+    tokens: list[int]  # the drawn tokens, without the prompt; with the boundary if it ended
     token_bits: list[float]  # bits of each drawn token under the model, its weights as stepped
     seed: int
     index: int  # of this sample among those of the seed
@@ -71,6 +71,7 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
+        """Of this sample alone; those beside it in the batch took the same time."""
         return len(self.tokens) / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
@@ -270,6 +271,8 @@ class Session:
         step of a compiled model, whose own state is handed out. A token that ends the sample does
         not count; those of a stop string do.
         """
+        if not 0 <= sample < len(self.tokens):
+            raise ValueError(f"the sample must lie in 0 … {len(self.tokens) - 1}, got {sample}")
         drawn = self.tokens[sample]
         if drawn and drawn[-1] == self.codec.boundary:
             drawn = drawn[:-1]
@@ -350,7 +353,8 @@ class Pipeline:
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
-        return f"<Pipeline {self.name!r}: {self.modality}, {parameters:,} parameters>"
+        rate = "" if self.rate == 1 else f" at the rate {self.rate:g}"
+        return f"<Pipeline {self.name!r}{rate}: {self.modality}, {parameters:,} parameters>"
 
     @cached_property
     def recurrent(self) -> RecurrentModel:
@@ -516,6 +520,11 @@ class Pipeline:
         return self.content_hash, self.rate
 
     def _check_owner(self, state: Reading | None) -> None:
+        if state is not None and not isinstance(state, Reading):
+            raise ValueError(
+                "a state is what read, load_state and Session.reading return, not "
+                f"{type(state).__name__}"
+            )
         if state is None or state.owner in (None, self._owner()):
             return
         rate = state.owner[1] if state.owner else 1.0
@@ -555,7 +564,7 @@ class Pipeline:
         tokens, so that ``Session.reading`` finds its way back faster. (Kept states are those that
         were stepped, with the stepper's weights; without, the tokens are read again by the model.)
         """
-        request = Request(**settings)  # type: ignore[arg-type]
+        request = Request.of(**settings)
         if request.count > LARGEST_BATCH:
             raise ValueError(f"one batch holds 1 … {LARGEST_BATCH} samples, got {request.count}")
         if request.rank > 1:
@@ -756,7 +765,7 @@ class Pipeline:
 
         Raises ValueError for a prompt or setting that does not fit.
         """
-        request = Request(**settings)  # type: ignore[arg-type]
+        request = Request.of(**settings)
         plan = self.plan(prompt, request, state)
         samples = [sample for session in self.batches(plan, state) for sample in session.run()]
         return self.best(samples, request)
@@ -851,8 +860,13 @@ def _at_rate(codec: Codec, rate: float) -> Audio:
         raise ValueError(
             f"the rate must be a positive number, a millionth to a million, got {rate}"
         )
+    wanted = round(codec.rate / rate)
+    try:
+        check_rate(wanted)
+    except ValueError as error:
+        raise ValueError(f"at the rate {rate:g}, of {codec.rate} Hz, {error}") from error
     durations = tuple(round(n / rate) for n in codec.durations)
-    return Audio(round(codec.rate / rate), codec.labels, durations, codec.levels)
+    return Audio(wanted, codec.labels, durations, codec.levels)
 
 
 def load(name: str | Path, engine: str = "auto", weights: str = WEIGHTS[0]) -> Pipeline:

@@ -39,7 +39,7 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, data: Path, out: Path, given: Codec | None, validation_limit: int | None
+    recipe: Recipe, data: Path, out: Path, given: Codec | None, validation_limit: int | None = None
 ) -> Prepared:
     """Find the splits of ``data``; learn a tokenizer and fill the token cache in ``out`` once.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypedDict
+import difflib
+from dataclasses import dataclass, fields
+from typing import TypedDict, Unpack
 
 from genssm.sampling import SamplingConfig, check_seed
 from genssm.settings import check_types
@@ -95,16 +96,21 @@ class Request:
                 f"count × rank must be at most {MOST_SAMPLES}, got {self.count} × {self.rank}"
             )
 
+    @classmethod
+    def of(cls, **settings: Unpack[Settings]) -> Request:
+        """The request of keyword arguments; TypeError names what is no setting."""
+        known = Settings.__annotations__
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise TypeError(f"there is no setting {name!r}; {hint}known: {', '.join(known)}")
+        return cls(**settings)  # type: ignore[arg-type]
+
     def sampling(self, modality: str) -> SamplingConfig:
         """How tokens are drawn: the defaults of the modality, with what was asked for."""
-        return DEFAULTS[modality].changed(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            plausible=self.plausible,
-            repetition_penalty=self.repetition_penalty,
-        )
+        asked = {f.name: getattr(self, f.name) for f in fields(SamplingConfig)}
+        return DEFAULTS[modality].changed(**asked)
 
 
 def check_guidance(guidance: float) -> None:

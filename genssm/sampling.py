@@ -81,17 +81,18 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / config.temperature, -1)
     if 0 < config.top_k < p.shape[-1]:
         least = p.topk(config.top_k, -1).values[:, -1:]
-        p = _renormalized(p, p >= least)
+        p = renormalized(p, p >= least)
     if config.top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         kept = ordered.cumsum(-1) - ordered < config.top_p  # the likeliest is always kept
-        p = _renormalized(p, torch.zeros_like(kept).scatter(-1, order, kept))
+        p = renormalized(p, torch.zeros_like(kept).scatter(-1, order, kept))
     if config.min_p > 0:
-        p = _renormalized(p, p >= config.min_p * p.amax(-1, keepdim=True))
+        p = renormalized(p, p >= config.min_p * p.amax(-1, keepdim=True))
     return p
 
 
-def _renormalized(p: Tensor, kept: Tensor) -> Tensor:
+def renormalized(p: Tensor, kept: Tensor) -> Tensor:
+    """p (B, V) where it is kept, to the sum 1 again."""
     p = p * kept
     return p / p.sum(-1, keepdim=True)
 

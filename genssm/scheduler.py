@@ -146,7 +146,7 @@ class Scheduler:
         ValueError for a prompt or setting that does not fit, BusyError when too many requests
         are under way, and RuntimeError after ``close``.
         """
-        request = Request(**settings)  # type: ignore[arg-type]
+        request = Request.of(**settings)
         plan = self.pipe.plan(prompt, request, state)
         if request.rank > 1 or request.count > LARGEST_BATCH:
             raise ValueError(

@@ -30,7 +30,7 @@ PANEL = 32  # outputs of a linear map that are computed together: two vectors
 FP32, BF16, INT8, DIGITS, PAIRS = 0, 1, 2, 3, 4
 PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32, PAIRS: 32}
 
-# Operations, and the columns of the program that hold their arguments.
+# Operations. A line of a program is one of them and its arguments; see ``advance``.
 EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
 SILU, GATE, ADD, POOL, LOGISTICS, RECALL, PROGRESS = range(8, 15)
 # One thread does these, all share the others.
@@ -1342,8 +1342,8 @@ def run(
 
     Of S samples: tokens, bits, uniforms (S, n), seen (S, size) bool, settings (S, 7) as of
     ``draw``, streams (S, 2): the row that a sample is drawn from, and the row that guides it or the
-    same again. Of the rows: history (B, [1 +] reach + 1), positions and reads (B,), the tokens read
-    so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
+    same again. Of the rows: history (B, kept + reach + 1), positions and reads (B,), the tokens
+    read so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
     period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
     ``words`` is ``work`` as integers, ``logits`` a region of it with rows of ``width``, ``digits``
     one for ``quantize``. The other arrays are room for intermediate results. ``members`` threads

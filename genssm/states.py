@@ -59,7 +59,7 @@ def load(path: Path, model: RecurrentModel, *, checkpoint: str, rate: float) -> 
 
     name = repr(str(path))
     if not path.is_file():
-        raise StateError(f"there is no state file {name}; --save-state writes one")
+        raise StateError(f"there is no state file {name}; save_state (--save-state) writes one")
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
@@ -73,7 +73,9 @@ def load(path: Path, model: RecurrentModel, *, checkpoint: str, rate: float) -> 
 
 def _check_facts(facts: dict[str, str], name: str, checkpoint: str, rate: float) -> None:
     if facts.get("genssm") != "state":
-        raise StateError(f"{name} is not a state file of genssm; --save-state writes one")
+        raise StateError(
+            f"{name} is not a state file of genssm; save_state (--save-state) writes one"
+        )
     version = facts.get("format_version")
     if version != str(FORMAT_VERSION):
         raise StateError(

@@ -125,7 +125,7 @@ class Memory:
     """All that a batch of sequences remembers, changed in place by every step."""
 
     positions: Array  # (B,) int64: tokens read, equal modulo the model's period
-    history: Array  # (B, reach + 1) int64: the last tokens, for the taps
+    history: Array  # (B, kept + reach + 1) int64: the first tokens, and the last, for the taps
     work: Array  # float32: states, activations and logits, in regions of B rows
     room: Room
 

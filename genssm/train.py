@@ -21,7 +21,7 @@ from genssm import checkpoint as checkpoints
 from genssm import training_state
 from genssm.batches import Batch
 from genssm.distributed import World, joined
-from genssm.evaluate import Evaluation, evaluate
+from genssm.evaluate import evaluate
 from genssm.finite import NotFiniteError
 from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate
@@ -51,7 +51,6 @@ def train(
     validate_minutes: float = 10.0,
     sheet_minutes: float | None = None,
     tensorboard: bool = False,
-    validation_limit: int | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Train ``recipe`` on the ``train`` split in ``data``; return the best checkpoint's folder.
@@ -72,7 +71,7 @@ def train(
     with joined() as world, _alone(out, world), _Interruption() as interruption:
         check_parts(recipe.train.batch_size, recipe.train.accumulate, world)
         _holds_training(out, resume)  # another may have come and gone meanwhile
-        training = _Training(recipe, data, out, minutes, begun, validation_limit, world)
+        training = _Training(recipe, data, out, minutes, begun, world)
         minutes_of = (save_minutes, validate_minutes, sheet_minutes)
         step = training.state.counters.step
         with open_log(out, step, tensorboard) if world.leads else nullcontext() as log:
@@ -214,7 +213,6 @@ class _Training:
         out: Path,
         minutes: float | None,
         start: checkpoints.Checkpoint | None,
-        validation_limit: int | None,
         world: World,
     ) -> None:
         self.recipe, self.out, self.minutes, self.world = recipe, out, minutes, world
@@ -230,7 +228,7 @@ class _Training:
         with world.leader_first(), warnings.catch_warnings():
             if not world.leads:  # what rank 0 has told
                 warnings.simplefilter("ignore")
-            self.data = prepare(recipe, data, out, given, validation_limit)
+            self.data = prepare(recipe, data, out, given)
         torch.manual_seed(settings.seed)
         model = SequenceModel(recipe.model_config(self.data.codec))
         if start is not None and not resumed:
@@ -300,11 +298,14 @@ class _Training:
         world, examples, counters = self.world, self.data.validation, self.state.counters
         model = self.state.exported()
         mine = examples[world.rank :: world.size]
+        own = [0.0, 0.0]  # bits, units
         try:
-            own = evaluate(model, self.data.codec, mine) if mine else Evaluation(0, "", 0, 0, 0, 0)
+            if mine:
+                found = evaluate(model, self.data.codec, mine)
+                own = [found.bits, found.units]
         except NotFiniteError:  # no process may wait for another that has stopped
-            own = Evaluation(math.nan, "", math.nan, 0, 1, 0)
-        bits, units = world.sums([own.bits, own.units])
+            own = [math.nan, 1.0]
+        bits, units = world.sums(own)
         value = bits / units
         if value < counters.best:
             counters.best = value

@@ -312,7 +312,7 @@ def _read_shards(folder: Path, place: Place) -> tuple[dict[str, Any], dict[str, 
 
 
 def _remove_others(out: Path, keep: Path) -> None:
-    """Remove the states that another is newer than."""
+    """Remove every state other than ``keep``."""
     for old in (*_folders(out), out / STATE):
         if old == keep:
             continue

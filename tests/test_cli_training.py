@@ -148,9 +148,9 @@ def test_train_classify_and_judge_samples(run, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--temperature", "1"], 2, "give --samples, too"),
-        (["--classifier", "x"], 2, "give --samples, too"),
-        (["--plausible", "0.1"], 2, "give --samples, too"),
+        (["--temperature", "1"], 2, "add --samples N"),
+        (["--classifier", "x"], 2, "add --samples N"),
+        (["--plausible", "0.1"], 2, "add --samples N"),
         (["--samples", "4", "--classify"], 2, "give one of them"),
         (["--samples", "4", "--limit", "2"], 2, "--samples alone says how many"),
     ],

@@ -644,6 +644,30 @@ def test_bad_input_is_refused_in_one_sentence(
         pipes[modality].sample(**settings)
 
 
+def test_a_setting_that_is_misspelt_is_named(pipes: dict[str, Pipeline]) -> None:
+    wrong: Any = {"temprature": 1.0}
+    for use in (pipes["text"].sample, pipes["text"].start):
+        with pytest.raises(TypeError, match="no setting 'temprature'; did you mean 'temperature'"):
+            use(**wrong)
+
+
+def test_what_is_no_state_is_refused(pipes: dict[str, Pipeline]) -> None:
+    pipe = pipes["text"]
+    state: Any = pipe.recurrent.initial_state(1)
+    with pytest.raises(ValueError, match=r"what read, load_state and .* return, not State"):
+        pipe.sample(state=state)
+    session = pipe.start(count=2, max_tokens=3)
+    for sample in (-1, 2):
+        with pytest.raises(ValueError, match=rf"sample must lie in 0 … 1, got {sample}"):
+            session.reading(sample)
+
+
+def test_a_rate_that_no_sound_has_is_named(pipes: dict[str, Pipeline]) -> None:
+    with pytest.raises(ValueError, match=r"at the rate 9, of 8000 Hz, the sampling rate must lie"):
+        pipes["audio"].at_rate(9.0)
+    assert "at the rate 0.5" in repr(pipes["audio"].at_rate(0.5))
+
+
 def test_a_state_stands_alone(pipes: dict[str, Pipeline]) -> None:
     pipe = pipes["image"]
     state = pipe.read("cat")

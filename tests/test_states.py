@@ -164,7 +164,7 @@ def test_damaged_and_foreign_files_are_refused(pipe: Pipeline, tmp_path: Path) -
         file.write_bytes(content)
         refused("is not a readable state file")
     file.unlink()
-    refused("there is no state file .*; --save-state writes one")
+    refused(r"there is no state file .*; save_state \(--save-state\) writes one")
     for metadata in (None, {}, {"genssm": "weights"}):
         save_file(tensors, file, metadata)
         refused("is not a state file of genssm")

@@ -1,4 +1,4 @@
-"""The models behind a page: loaded on first use, one scheduler each, shared by all visitors."""
+"""The models behind a page: converted on first use, one scheduler each, shared by all visitors."""
 
 from __future__ import annotations
 

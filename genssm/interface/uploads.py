@@ -33,7 +33,7 @@ def picture(path: str, codec: Image) -> np.ndarray:
                 with _DECODING:
                     return codec.fit(pixels(file, codec))
     except unreadable as error:
-        raise ValueError("this file is no picture that can be read; PNG and JPEG are") from error
+        raise ValueError("this file cannot be read as a picture; give a PNG or JPEG") from error
     raise ValueError(
         f"a picture may have {PIXELS // 10**6} million pixels, this one has {width:,} × "
         f"{height:,}; scale it down"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from genssm import notes
-from genssm.checkpoint import remove_leftovers, replace_file
 from genssm.codec import Audio, Image
+from genssm.disk import remove_leftovers, replace_file
 from genssm.files import png, sound
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import Plan, Request

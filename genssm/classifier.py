@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw, codec_from_config, torchaudio_functional
 from genssm.data import Example
+from genssm.disk import replace_file
 
 FEATURES = 64
 _MELS, _WINDOW, _HOP = 32, 0.032, 0.0125  # bands, seconds

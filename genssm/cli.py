@@ -893,7 +893,7 @@ def sampling(
     import torch
 
     from genssm import cuda_benchmark, sampling_benchmark
-    from genssm.checkpoint import replace_file
+    from genssm.disk import replace_file
 
     for file in (out, plot):
         _check_new(file, force)
@@ -939,7 +939,7 @@ def quality(
 
 def _write_facts(out: Path | None, facts: dict[str, Any]) -> None:
     """As JSON, where that is wanted."""
-    from genssm.checkpoint import replace_file
+    from genssm.disk import replace_file
 
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"

@@ -16,9 +16,9 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from genssm import notes, provenance
-from genssm.checkpoint import replace_file
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
+from genssm.disk import replace_file
 from genssm.pipeline import Pipeline, Sample
 from genssm.provenance import Recipe, RecipeError
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
-from genssm.checkpoint import Checkpoint, replace_file
+from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Image, Text, codec_from_config
 from genssm.data import Example, open_picture_array
+from genssm.disk import replace_file
 from genssm.layers import S4
 from genssm.model import Block, ModelConfig, SequenceModel
 from genssm.recipes import Recipe

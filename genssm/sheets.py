@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from genssm.checkpoint import Checkpoint, replace_file
+from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Image
+from genssm.disk import replace_file
 from genssm.files import grid, png, sound
 from genssm.pipeline import Pipeline, Sample
 

@@ -1343,8 +1343,8 @@ def run(
     Of S samples: tokens, bits, uniforms (S, n), seen (S, size) bool, settings (S, 7) as of
     ``draw``, streams (S, 2): the row that a sample is drawn from, and the row that guides it or the
     same again. Of the rows: history (B, kept + reach + 1), positions and reads (B,), the tokens
-    read so far and the sample whose token comes next; all int64. Positions are equal modulo the model's
-    period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
+    read so far and the sample whose token comes next; all int64. Positions are equal modulo the
+    model's period. ``bits`` takes those of drawn tokens, and of the given ones, too, if ``scored``.
     ``words`` is ``work`` as integers, ``logits`` a region of it with rows of ``width``, ``digits``
     one for ``quantize``. The other arrays are room for intermediate results. ``members`` threads
     may run this at once, with equal arguments but for ``member``, from 0, ``scratch``, and ``gate``

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genssm.checkpoint import replace_file
+from genssm.disk import replace_file
 from genssm.engine import Reading
 from genssm.model import RecurrentModel, State
 

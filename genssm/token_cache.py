@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from genssm.checkpoint import replace_file
+from genssm.disk import replace_file
 
 _BLOCK = 2**24  # bytes read at once
 

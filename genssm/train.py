@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from genssm import checkpoint as checkpoints
-from genssm import training_state
+from genssm import disk, training_state
 from genssm.batches import Batch
 from genssm.distributed import World, joined
 from genssm.evaluate import evaluate
@@ -220,7 +220,7 @@ class _Training:
         settings = recipe.train
         out.mkdir(parents=True, exist_ok=True)
         if world.leads:
-            checkpoints.remove_leftovers(out, _WRITTEN.fullmatch)
+            disk.remove_leftovers(out, _WRITTEN.fullmatch)
         if recipe.modality != "text":  # before the data, which may take long
             recipe.model_config(build_codec(recipe))
         resumed = training_state.exists(out)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from genssm.checkpoint import replace_file, space_for
+from genssm.disk import replace_file, space_for
 from genssm.sheets import Sheet
 
 LOG = "log.csv"

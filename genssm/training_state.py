@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from genssm.checkpoint import replace_file
+from genssm.disk import replace_file
 from genssm.distributed import World
 from genssm.model import SequenceModel
 from genssm.optim import average

@@ -412,18 +412,3 @@ def test_saving_reads_but_does_not_change_the_model(
     checkpoints.save(checkpoint, tmp_path / "model")
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path: Path):
-    path = tmp_path / "deep" / "file.bin"
-    checkpoints.replace_file(path, lambda file: file.write_bytes(b"old"))
-
-    def fail(file: Path) -> None:
-        file.write_bytes(b"half")
-        raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        checkpoints.replace_file(path, fail)
-    assert contents(path.parent) == {"file.bin": b"old"}
-    checkpoints.replace_file(path, lambda file: file.write_bytes(b"new"))
-    assert contents(path.parent) == {"file.bin": b"new"}

@@ -13,6 +13,7 @@ import genssm
 ORDER = (
     "settings",
     "terminal",
+    "disk",
     "distributed",
     "ssm",
     "hippo",

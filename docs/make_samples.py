@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import torch
 
 import genssm
-from genssm.files import grid, spectrogram
+from genssm.files import grid
 from genssm.sample_quality import draw
 
 SEED, SCALE = 1, 5
@@ -18,9 +19,13 @@ PANEL = (176, 150)  # width and height of one spectrogram
 
 
 def panel(wave: np.ndarray) -> PIL.Image.Image:
-    """The spectrogram of the first 0.7 seconds of a clip."""
-    samples = np.pad(wave[:5600], (0, max(0, 5600 - len(wave))))
-    return spectrogram(samples, 32).resize(PANEL, PIL.Image.Resampling.BILINEAR)
+    """Log-magnitude of the first 0.7 seconds over time and frequency, 80 dB; loud is dark."""
+    samples = torch.from_numpy(np.pad(wave[:5600], (0, max(0, 5600 - len(wave)))))
+    window = torch.hann_window(256)
+    spectrum = torch.stft(samples, 256, 32, window=window, return_complex=True).abs()
+    level = (20 * spectrum.clamp(min=1e-4).log10() + 60).clamp(0, 80) / 80
+    shades = (255 * (1 - level.flip(0))).byte().numpy()
+    return PIL.Image.fromarray(shades).resize(PANEL, PIL.Image.Resampling.BILINEAR)
 
 
 def main() -> None:

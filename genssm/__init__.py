@@ -8,10 +8,14 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genssm.checkpoint import Checkpoint, CheckpointError
     from genssm.conversion import to_recurrent
+    from genssm.files import read_recipe, write_samples
     from genssm.layers import LSSL, S4, S4D
     from genssm.model import ModelConfig, SequenceModel
-    from genssm.pipeline import Pipeline, Sample, load
+    from genssm.pipeline import Pipeline, Sample, Session, load
+    from genssm.provenance import RecipeError
+    from genssm.states import StateError
 
 __version__ = "0.1.0"
 
@@ -19,12 +23,19 @@ __all__ = [
     "LSSL",
     "S4",
     "S4D",
+    "Checkpoint",
+    "CheckpointError",
     "ModelConfig",
     "Pipeline",
+    "RecipeError",
     "Sample",
     "SequenceModel",
+    "Session",
+    "StateError",
     "load",
+    "read_recipe",
     "to_recurrent",
+    "write_samples",
 ]
 
 # Imported on first use, so that ``genssm --help`` does not wait for torch.
@@ -32,12 +43,19 @@ _HOMES = {
     "LSSL": "genssm.layers",
     "S4": "genssm.layers",
     "S4D": "genssm.layers",
+    "Checkpoint": "genssm.checkpoint",
+    "CheckpointError": "genssm.checkpoint",
     "ModelConfig": "genssm.model",
     "SequenceModel": "genssm.model",
     "to_recurrent": "genssm.conversion",
     "Pipeline": "genssm.pipeline",
+    "RecipeError": "genssm.provenance",
     "Sample": "genssm.pipeline",
+    "Session": "genssm.pipeline",
+    "StateError": "genssm.states",
     "load": "genssm.pipeline",
+    "read_recipe": "genssm.files",
+    "write_samples": "genssm.files",
 }
 
 

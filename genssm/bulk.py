@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssm import notes
-from genssm.codec import Audio, Image
 from genssm.disk import remove_leftovers, replace_file
-from genssm.files import png, sound
+from genssm.files import SUFFIXES, encoded, noted
 from genssm.pipeline import Pipeline, Sample
 from genssm.request import Plan, Request
 from genssm.settings import check_types
@@ -132,19 +130,9 @@ def _blocks(pipe: Pipeline, count: int, prompt: str | None) -> Iterator[tuple[st
 
 
 def _file(pipe: Pipeline, folder: Path, index: int) -> Path:
-    suffix = {"text": ".txt", "image": ".png", "audio": ".wav"}[pipe.modality]
-    return folder / f"{index:06}{suffix}"
+    return folder / f"{index:06}{SUFFIXES[pipe.modality]}"
 
 
 def _write(pipe: Pipeline, sample: Sample, path: Path, prompt: str | None) -> None:
-    codec = pipe.codec
-    if isinstance(codec, Image):
-        content = png(sample.raw)
-    elif isinstance(codec, Audio):
-        content = sound(sample.raw, codec.rate, "wav")
-    else:
-        content = sample.raw.encode()
-    recipe = pipe.recipe([sample], prompt)
-    if recipe is not None:
-        content = notes.add(content, json.dumps(recipe.to_json()))
+    content = noted(encoded(pipe.codec, sample.raw), pipe.recipe([sample], prompt))
     replace_file(path, lambda file: file.write_bytes(content))

@@ -1,4 +1,4 @@
-"""Prompts from files and samples to files, for the command line."""
+"""Prompts from files, and samples to files that carry their recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from genssm.disk import replace_file
 from genssm.pipeline import Pipeline, Sample
 from genssm.provenance import Recipe, RecipeError
 
-if TYPE_CHECKING:
-    import PIL.Image
+SUFFIXES = {"text": ".txt", "image": ".png", "audio": ".wav"}  # of a file by modality
 
 
 def read_prompt(codec: Codec, prompt: str | None, stdin: TextIO) -> Raw:
@@ -67,12 +66,12 @@ def _read_text(prompt: str, stdin: TextIO) -> str:
         ) from error
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: str | Path) -> Recipe:
     """The recipe inside a PNG or WAV file, or of the lines of ``--json``.
 
     Raises RecipeError for a file that cannot be read, holds none, or holds a damaged one.
     """
-    name = repr(str(path))
+    path, name = Path(path), repr(str(path))
     try:
         note = notes.find(path)
         if note is not None:
@@ -139,7 +138,7 @@ def check_target(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder!r}")
     if os.path.lexists(path) and not force:  # also as a link to nothing
-        raise FileExistsError(f"{str(path)!r} exists; use --force to overwrite it")
+        raise FileExistsError(f"{str(path)!r} exists; use --force (force=True) to overwrite it")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -162,7 +161,8 @@ def claimed(paths: Sequence[Path], force: bool) -> Iterator[None]:
                 path.touch(exist_ok=False)
             except FileExistsError as error:
                 raise FileExistsError(
-                    f"{str(path)!r} has been made meanwhile; use --force to overwrite it"
+                    f"{str(path)!r} has been made meanwhile; use --force (force=True) to "
+                    "overwrite it"
                 ) from error
             made.append(path)
         yield
@@ -190,7 +190,7 @@ class Output:
             self.target = Path(out)
             if suffixes and self.target.suffix.lower() not in suffixes:
                 raise ValueError(
-                    f"--out of this {pipe.modality} model must end in {', '.join(suffixes)}, "
+                    f"a file by this {pipe.modality} model must end in {', '.join(suffixes)}, "
                     f"got {out!r}"
                 )
         elif out is None and suffixes:
@@ -300,6 +300,23 @@ class Output:
         return half_blocks(grid([s.raw for s in samples[:4]], columns=4))
 
 
+def write_samples(
+    pipe: Pipeline, samples: Sequence[Sample], path: str | Path, *, force: bool = False
+) -> list[Path]:
+    """Write samples of one call as ``genssm sample --out`` does; returns the files.
+
+    Pictures go into one PNG, in a grid; clips into WAV, FLAC or OGG files, numbered if there are
+    several; texts into one file. PNG and WAV hold the recipe; see ``read_recipe``. Raises
+    ValueError for a file that cannot be such a one, FileExistsError, unless ``force``, for one that
+    is there.
+    """
+    if not samples:
+        raise ValueError("there are no samples to write")
+    output = Output(pipe, str(path), len(samples), force)
+    output.write(list(samples))
+    return output.paths()
+
+
 def noted(content: bytes, made: Recipe | None) -> bytes:
     """A PNG or WAV file with a recipe inside, if there is one."""
     return content if made is None else notes.add(content, json.dumps(made.to_json()))
@@ -334,21 +351,6 @@ def grid(pictures: list[np.ndarray], columns: int | None = None, gap: int = 2) -
     return canvas
 
 
-def spectrogram(wave: np.ndarray, hop: int) -> PIL.Image.Image:
-    """Log-magnitude of sound float32 (samples,) over time and frequency, 80 dB; loud is dark.
-
-    A column every ``hop`` samples, 129 rows, the highest frequency above.
-    """
-    import PIL.Image
-    import torch
-
-    spectrum = torch.stft(
-        torch.from_numpy(wave), 256, hop, window=torch.hann_window(256), return_complex=True
-    ).abs()
-    level = (20 * spectrum.clamp(min=1e-4).log10() + 60).clamp(0, 80) / 80
-    return PIL.Image.fromarray((255 * (1 - level.flip(0))).byte().numpy())
-
-
 def png(array: np.ndarray) -> bytes:
     """uint8 (H, W, C) as a PNG file."""
     import PIL.Image
@@ -373,6 +375,13 @@ def sound(wave: np.ndarray, rate: int, file_format: str) -> bytes:
             f"a {file_format} file cannot hold sound of {rate} Hz; write a .wav file"
         ) from error
     return buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def encoded(codec: Codec, raw: Any) -> bytes:
+    """A raw sample as a file of ``SUFFIXES``: text in UTF-8, a PNG picture or a WAV."""
+    if isinstance(codec, Image):
+        return png(raw)
+    return sound(raw, codec.rate, "wav") if isinstance(codec, Audio) else raw.encode()
 
 
 def half_blocks(array: np.ndarray) -> str:

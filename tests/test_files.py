@@ -1,9 +1,15 @@
 """Prompts from files and samples to files."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import genssm
+from genssm.checkpoint import Checkpoint
 from genssm.files import grid, half_blocks, png, sound
+from genssm.pipeline import Pipeline
 
 
 @pytest.mark.parametrize(
@@ -38,6 +44,38 @@ def test_sound_keeps_rate_and_samples() -> None:
         decoded, rate = soundfile.read(io.BytesIO(sound(wave, 8000, file_format)))
         assert rate == 8000
         np.testing.assert_allclose(decoded, wave, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("modality", "name", "files"),
+    [
+        ("text", "a", ["a"]),
+        ("image", "a.png", ["a.png"]),
+        ("audio", "a.wav", ["a-1.wav", "a-2.wav"]),
+    ],
+)
+def test_samples_are_written_with_what_makes_them_again(
+    modality: str,
+    name: str,
+    files: list[str],
+    make_checkpoint: Callable[[str], Checkpoint],
+    tmp_path: Path,
+) -> None:
+    pipe = Pipeline("toy", make_checkpoint(modality), engine="eager")
+    samples = pipe.sample(count=2, max_tokens=9, seed=1)
+    written = genssm.write_samples(pipe, samples, tmp_path / name)
+    assert [file.name for file in written] == files
+    assert all(file.stat().st_size > 0 for file in written)
+    with pytest.raises(FileExistsError, match="force=True"):
+        genssm.write_samples(pipe, samples, tmp_path / name)
+    genssm.write_samples(pipe, samples, tmp_path / name, force=True)
+    if modality == "text":
+        assert written[0].read_text() == "".join(f"{s.raw}\n" for s in samples)
+    else:
+        made = [s for file in written for s in pipe.repeat(genssm.read_recipe(str(file)))]
+        assert [s.tokens for s in made] == [s.tokens for s in samples]
+    with pytest.raises(ValueError, match="no samples to write"):
+        genssm.write_samples(pipe, [], tmp_path / name)
 
 
 def test_half_blocks_hold_two_rows_a_line() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-
-from genssm.model import SequenceModel
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -91,12 +89,18 @@ class Muon(torch.optim.Optimizer):
                     p.add_(_like(p, update.to(p.dtype)), alpha=-scale)
 
 
+class Grouped(Protocol):
+    """A model that tells how its parameters are trained; see ``SequenceModel``."""
+
+    def parameter_groups(self) -> dict[str, list[Tensor]]: ...
+
+
 def build_optimizers(
-    model: SequenceModel, lr: float, matrix_lr: float, weight_decay: float
+    model: Grouped, lr: float, matrix_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Muon over "matrices"; AdamW over the rest, "dynamics" at most at 1e-3 and never decayed."""
     groups = model.parameter_groups()
-    return [
+    optimizers: list[torch.optim.Optimizer] = [
         Muon(groups["matrices"], matrix_lr, weight_decay),
         torch.optim.AdamW(
             [
@@ -108,6 +112,19 @@ def build_optimizers(
             fused=True,
         ),
     ]
+    for group in _groups(optimizers):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def scale_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every learning rate to ``factor`` times the one it was built with."""
+    for group in _groups(optimizers):
+        group["lr"] = factor * group["initial_lr"]
+
+
+def _groups(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
 SCHEDULES = ("linear", "cosine")

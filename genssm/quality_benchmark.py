@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genssm.batches import Batch
 from genssm.benchmark import machine
 from genssm.model import ModelConfig, SequenceModel
-from genssm.optim import Muon, build_optimizers, rate
+from genssm.optim import build_optimizers, rate, scale_rates
 from genssm.preparation import Prepared, prepare
 from genssm.recipes import Recipe
 from genssm.update import Objective, train_step
@@ -64,14 +64,13 @@ class Transformer(nn.Module):
         logits = self.model(read).logits[..., : self.config.n_outputs].float()
         return torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
 
-    def optimizers(self, lr: float, matrix_lr: float, decay: float) -> list[torch.optim.Optimizer]:
-        """The same rules as ``build_optimizers`` has for our models."""
+    def parameter_groups(self) -> dict[str, list[Tensor]]:
+        """As ``SequenceModel.parameter_groups``; there are no dynamics."""
         layers = self.model.transformer.h.modules()
-        matrices = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+        matrices: list[Tensor] = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
         seen = set(matrices)
-        others = [p for p in self.model.parameters() if p not in seen]
-        adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        return [Muon(matrices, matrix_lr, decay), adam]
+        others: list[Tensor] = [p for p in self.model.parameters() if p not in seen]
+        return {"dynamics": [], "matrices": matrices, "others": others}
 
 
 def _turn(module: nn.Module) -> None:
@@ -124,9 +123,9 @@ def benchmark_quality(
         "tokens": sum(_batch(prepared, recipe, i).tokens[:, 1:].numel() for i in range(steps)),
         "unit": "bits/token",
     }
-    subjects = {"genssm": (ours, build_optimizers(ours, *rates)),
-                "gpt2": (gpt2, gpt2.optimizers(*rates))}  # fmt: skip
-    for name, (model, optimizers) in subjects.items():
+    subjects: dict[str, SequenceModel | Transformer] = {"genssm": ours, "gpt2": gpt2}
+    for name, model in subjects.items():
+        optimizers = build_optimizers(model, *rates)
         started, worked = time.perf_counter(), time.process_time()
         _train(model, optimizers, prepared, recipe, steps)
         seconds, worked = time.perf_counter() - started, time.process_time() - worked
@@ -150,12 +149,9 @@ def _train(
     steps: int,
 ) -> None:
     settings, objective = recipe.train, Objective(model)
-    bases = [[group["lr"] for group in o.param_groups] for o in optimizers]
     for step in range(steps):
         factor = rate(step, step / steps, settings.warmup, settings.decay, settings.schedule)
-        for optimizer, base in zip(optimizers, bases, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * factor
+        scale_rates(optimizers, factor)
         train_step(objective, optimizers, _batch(prepared, recipe, step), settings.clip,
                    (settings.seed, step), accumulate=settings.accumulate)  # fmt: skip
 

@@ -24,7 +24,7 @@ from genssm.distributed import World, joined
 from genssm.evaluate import evaluate
 from genssm.finite import NotFiniteError
 from genssm.model import SequenceModel
-from genssm.optim import build_optimizers, rate
+from genssm.optim import build_optimizers, rate, scale_rates
 from genssm.preparation import TOKENIZER, build_codec, kept_tokenizer, load_weights, prepare
 from genssm.recipes import Recipe
 from genssm.sheets import Sheet, draw_sheet, write_sheet
@@ -238,7 +238,6 @@ class _Training:
             compile_pointwise(model)
         self.objective = spread(model, world, settings.shard)
         optimizers = build_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
-        self.base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
         self.state = TrainingState(model, optimizers, recipe, world)
         if resumed:
             self.state.restore(out)
@@ -259,9 +258,7 @@ class _Training:
         started, settings, counters = time.monotonic(), self.recipe.train, self.state.counters
         fraction, optimizers = self.fraction(), self.state.optimizers
         factor = rate(counters.step, fraction, settings.warmup, settings.decay, settings.schedule)
-        for optimizer, rates in zip(optimizers, self.base_rates, strict=True):
-            for group, base in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = base * factor
+        scale_rates(optimizers, factor)
         batch = self.data.batch(counters.step).cut(settings.length_at(fraction))
         step = train_step(
             self.objective,

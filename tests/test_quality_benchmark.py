@@ -9,6 +9,7 @@ import torch
 
 from genssm import quality_benchmark
 from genssm.model import ModelConfig
+from genssm.optim import build_optimizers
 from genssm.quality_benchmark import Transformer, benchmark_quality
 from genssm.recipes import Recipe, TrainConfig
 
@@ -33,7 +34,7 @@ def test_muon_sees_the_matrices_of_gpt2_as_those_of_our_models(monkeypatch: pyte
     tokens = torch.randint(0, 257, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(model.log_prob(tokens), plain.log_prob(tokens))
-    muon, adam = model.optimizers(0.01, 0.02, 0.0)
+    muon, adam = build_optimizers(model, 0.01, 0.02, 0.0)
     block, width = model.model.transformer.h[0], model.model.config.n_embd
     shapes = {p: tuple(p.shape) for p in muon.param_groups[0]["params"]}
     assert shapes[block.mlp.c_fc.weight] == (4 * width, width)

@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genssm.model import Linear, RecurrentModel, State
+from genssm.model import Linear, RecurrentModel, State, map_nested
 from genssm.sampling import draw, guided, penalize, renormalized
 from genssm.stepping import Draws, UnsupportedError
 
@@ -176,7 +176,8 @@ class CapturedModel:
         return State(torch.tensor(memory.position), history, recall, self._layers(states))
 
     def _layers(self, states: list[Tensor]) -> tuple:
-        return cast(tuple, _nested(self._template, iter(states)))
+        each = iter(states)
+        return map_nested(lambda _: next(each), self._template)
 
     def logits(self, memory: Memory) -> Tensor:
         """The logits of the next token, (B, V); a copy."""
@@ -379,10 +380,3 @@ def _on_device(model: RecurrentModel, dtype: torch.dtype, device: torch.device) 
                     module, name, TiledLinear(child, torch.float32 if module is head else dtype)
                 )
     return net
-
-
-def _nested(template: Tensor | tuple, tensors: Iterator[Tensor]) -> Tensor | tuple:
-    """Tensors, depth first, in the shape of a template."""
-    if isinstance(template, Tensor):
-        return next(tensors)
-    return tuple(_nested(child, tensors) for child in template)

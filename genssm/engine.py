@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genssm.cuda import CapturedModel
 from genssm.finite import NotFiniteError
-from genssm.model import RecurrentModel, State
+from genssm.model import RecurrentModel, State, map_nested
 from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
 from genssm.stepper import CompiledModel, Stepper
 from genssm.stepping import Draws
@@ -470,12 +470,5 @@ def _streams_of(start: Reading, guide: Reading | None) -> tuple[Tensor, State]:
 
 def _beside(first: State, second: State) -> State:
     """Two states at one position as one batch."""
-
-    def join(a: Tensor | tuple, b: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return torch.cat([a, b])
-        return tuple(map(join, a, b))
-
-    history = torch.cat([first.history, second.history])
-    recall = torch.cat([first.recall, second.recall])
-    return State(first.position, history, recall, tuple(map(join, first.layers, second.layers)))
+    joined = map_nested(lambda a, b: torch.cat([a, b]), first[1:], second[1:])
+    return State(first.position, *joined)

@@ -805,6 +805,13 @@ def _named_states(stack: RecurrentStack, states: tuple, name: str) -> Iterator[t
             yield f"{place}.ssm", state
 
 
+def map_nested(function: Callable[..., Tensor], *nodes: Tensor | tuple) -> Any:
+    """A function of tensors, of each place in nested tuples of one shape, depth first."""
+    if all(isinstance(node, Tensor) for node in nodes):
+        return function(*nodes)
+    return tuple(map_nested(function, *children) for children in zip(*nodes, strict=True))
+
+
 class State(NamedTuple):
     """All that a recurrent model remembers; its size does not depend on the tokens read."""
 
@@ -826,12 +833,7 @@ class State(NamedTuple):
 
     def rows(self, index: Tensor) -> "State":
         """The state of the batch rows ``index``: repeat, drop or reorder sequences."""
-
-        def pick(node: Tensor | tuple) -> Tensor | tuple:
-            return node[index] if isinstance(node, Tensor) else tuple(map(pick, node))
-
-        layers = tuple(map(pick, self.layers))
-        return State(self.position, self.history[index], self.recall[index], layers)
+        return State(self.position, *map_nested(lambda tensor: tensor[index], self[1:]))
 
 
 def _as_trained(

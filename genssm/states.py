@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genssm.disk import replace_file
 from genssm.engine import Reading
-from genssm.model import RecurrentModel, State
+from genssm.model import RecurrentModel, State, map_nested
 
 FORMAT_VERSION = 1
 
@@ -100,17 +100,16 @@ def _reading(tensors: dict[str, Tensor], model: RecurrentModel, name: str) -> Re
     check(0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size)
     tokens = tokens.long()
     history, recall = model.remembered(tokens[None])
-    layers = iter([tensors.get(key) for key in _layer_names(empty)])
+    kept = iter([tensors.get(key) for key in _layer_names(empty)])
 
-    def fill(node: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(node, tuple):
-            return tuple(map(fill, node))
-        stored = next(layers)
-        check(stored is not None and (stored.shape, stored.dtype) == (node.shape, node.dtype))
+    def filled(place: Tensor) -> Tensor:
+        stored = next(kept)
+        check(stored is not None and (stored.shape, stored.dtype) == (place.shape, place.dtype))
         assert stored is not None
         return stored
 
-    state = State(torch.tensor(len(tokens)), history, recall, tuple(map(fill, empty.layers)))
+    layers = map_nested(filled, empty.layers)
+    state = State(torch.tensor(len(tokens)), history, recall, layers)
     logits = tensors.get("logits", torch.empty(0))
     check(logits.shape == (1, config.n_outputs) and logits.dtype == torch.float32)
     reading = Reading(tokens, logits, state)

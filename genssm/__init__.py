@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from genssm.files import read_recipe, write_samples
     from genssm.layers import LSSL, S4, S4D
     from genssm.model import ModelConfig, SequenceModel
-    from genssm.pipeline import Pipeline, Sample, Session, load
+    from genssm.pipeline import Pipeline, load
     from genssm.provenance import RecipeError
+    from genssm.session import Sample, Session
     from genssm.states import StateError
 
 __version__ = "0.1.0"
@@ -50,8 +51,8 @@ _HOMES = {
     "to_recurrent": "genssm.conversion",
     "Pipeline": "genssm.pipeline",
     "RecipeError": "genssm.provenance",
-    "Sample": "genssm.pipeline",
-    "Session": "genssm.pipeline",
+    "Sample": "genssm.session",
+    "Session": "genssm.session",
     "StateError": "genssm.states",
     "load": "genssm.pipeline",
     "read_recipe": "genssm.files",

@@ -14,8 +14,9 @@ from typing import Any
 
 from genssm.disk import remove_leftovers, replace_file
 from genssm.files import SUFFIXES, encoded, noted
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.request import Plan, Request
+from genssm.session import Sample
 from genssm.settings import check_types
 
 _FACTS = "bulk.json"

@@ -22,9 +22,10 @@ from genssm.terminal import harmless, note, write_nowhere
 if TYPE_CHECKING:
     from genssm.engine import Reading
     from genssm.files import Output
-    from genssm.pipeline import Pipeline, Sample, Session
+    from genssm.pipeline import Pipeline
     from genssm.recipes import Recipe
     from genssm.request import Plan, Request, Settings
+    from genssm.session import Sample, Session
 
 P = ParamSpec("P")
 

@@ -19,8 +19,9 @@ from genssm import notes, provenance
 from genssm.codec import Audio, Codec, Image, Raw
 from genssm.data import SOUNDS, read_picture, read_sound
 from genssm.disk import replace_file
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.provenance import Recipe, RecipeError
+from genssm.session import Sample
 
 SUFFIXES = {"text": ".txt", "image": ".png", "audio": ".wav"}  # of a file by modality
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from genssm.classifier import Classifier, load_classifier
 from genssm.codec import Audio, Codec, Image
 from genssm.data import Example
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.request import Settings
+from genssm.session import Sample
 from genssm.sources import comes_in_splits, open_split, read_examples
 
 COPIED = 40  # characters in a row that are also in the training text count as copied

@@ -12,8 +12,9 @@ from typing import Unpack
 from genssm.codec import Raw
 from genssm.cuda import CapturedModel
 from genssm.engine import GROUP, CompiledGeneration, Reading, draw_ahead
-from genssm.pipeline import LARGEST_BATCH, Pipeline, Sample, Session
+from genssm.pipeline import LARGEST_BATCH, Pipeline
 from genssm.request import Plan, Request, Settings
+from genssm.session import Sample, Session
 from genssm.stepper import CompiledModel
 from genssm.threads import allowed_threads
 

@@ -15,7 +15,8 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Image
 from genssm.disk import replace_file
 from genssm.files import grid, png, sound
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
+from genssm.session import Sample
 
 _PICTURES, _CLIPS, _TEXTS = 16, 10, 3
 _TEXT_TOKENS = 200

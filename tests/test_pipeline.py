@@ -23,10 +23,11 @@ from genssm.data import Example
 from genssm.engine import Drawn, read, result_of
 from genssm.evaluate import token_bits
 from genssm.model import SequenceModel
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.provenance import RecipeError, parse
 from genssm.request import GUIDANCE, Plan, Request
 from genssm.sampling import SamplingConfig
+from genssm.session import Sample
 from genssm.stepper import CompiledModel, load_kernels
 
 MakeCheckpoint = Callable[[str], Checkpoint]

@@ -14,9 +14,10 @@ from genssm.checkpoint import Checkpoint
 from genssm.codec import Codec
 from genssm.engine import CompiledGeneration, draw_ahead
 from genssm.model import SequenceModel
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.request import Request
 from genssm.scheduler import BusyError, Job, Scheduler
+from genssm.session import Sample
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ ORDER = (
     "states",
     "request",
     "provenance",
+    "session",
     "pipeline",
     "scheduler",
     "sampling_benchmark",

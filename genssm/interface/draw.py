@@ -24,8 +24,9 @@ from genssm.interface.components import (
 from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
 from genssm.interface.house import House, Visit, stop, updates, within
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.request import DEFAULTS, GUIDANCE
+from genssm.session import Sample
 
 PICTURES = 16  # the most of one request
 SETTINGS = DEFAULTS["image"]

@@ -11,9 +11,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from genssm.codec import Raw
-from genssm.pipeline import Pipeline, Sample, load
+from genssm.pipeline import Pipeline, load
 from genssm.sampling import new_seed
 from genssm.scheduler import BusyError, Job, Scheduler
+from genssm.session import Sample
 
 SHIPPED = ("wiki", "cifar10", "digits")
 UPDATES = 18  # of the page, a second

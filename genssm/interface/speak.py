@@ -33,8 +33,9 @@ from genssm.interface.house import (
     updates,
     within,
 )
-from genssm.pipeline import Pipeline, Sample
+from genssm.pipeline import Pipeline
 from genssm.request import DEFAULTS
+from genssm.session import Sample
 
 DIGITS = 6  # the most of one number
 SECONDS = 4.0  # the most of one sound, and of a clip that is continued

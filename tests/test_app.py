@@ -534,13 +534,13 @@ def with_text(size: int) -> bytes:
 
 
 BAD_FILES = {
-    "much text": (with_text(2**23), "This file is no picture|no sound"),
+    "much text": (with_text(2**23), "This file cannot be read as"),
     "empty": (b"", "is empty"),
-    "text": (b"not a picture", "that can be read"),
-    "cut": (png_header(8, 8)[:40], "that can be read"),
-    "no pixels": (png_header(500, 500), "that can be read"),
-    "bomb": (png_header(60_000, 60_000), "million pixels|that can be read"),
-    "other": (b"RIFF\x00\x00\x00\x00WAVE", "that can be read"),
+    "text": (b"not a picture", "cannot be read as"),
+    "cut": (png_header(8, 8)[:40], "cannot be read as"),
+    "no pixels": (png_header(500, 500), "cannot be read as"),
+    "bomb": (png_header(60_000, 60_000), "million pixels|cannot be read as"),
+    "other": (b"RIFF\x00\x00\x00\x00WAVE", "cannot be read as"),
     "too large": (b"\0" * (uploads.BYTES + 1), "may have 2 MiB"),
 }
 

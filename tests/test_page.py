@@ -318,9 +318,9 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"not a picture", "that can be read"),
+        (b"not a picture", "cannot be read as"),
         (b"", "is empty|empty"),
-        (b"\x89PNG\r\n\x1a\n cut", "that can be read"),
+        (b"\x89PNG\r\n\x1a\n cut", "cannot be read as"),
         (bomb, "million pixels"),
         (b"\0" * (uploads.BYTES + 1), "2|size"),
     ],

@@ -9,14 +9,14 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from genssm.interface.courtesy import alone, stopper
-from genssm.interface.house import LARGEST_SEED, House
+from genssm.interface.house import LARGEST_SEED, House, Visit
 
 SCRIPTS = Path(__file__).with_name("browser")
 MESSAGE = {"type": {}, "description": "what the page draws, as JSON; the last message holds all"}
@@ -65,6 +65,32 @@ ON_PAGE: dict[str, Any] = {
     "trigger_mode": "multiple",
     "api_visibility": "private",
 }
+
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class Made(Protocol):
+    """What a visitor made last in a tab."""
+
+    @property
+    def visit(self) -> Visit: ...
+
+
+def last_made() -> gr.State:
+    """Holds ``Made``, or None; its request ends when the visitor leaves."""
+    return gr.State(time_to_live=3600, delete_callback=_leave)
+
+
+def _leave(made: Made | None) -> None:
+    if made is not None:
+        made.visit.stop()
+
+
+def last_seed(made: Made | None) -> int:
+    """What "Use last seed" fills in."""
+    samples = [] if made is None else made.visit.samples()
+    return samples[0].seed if samples else -1
 
 
 def on_page(

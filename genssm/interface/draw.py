@@ -14,8 +14,11 @@ from genssm import files
 from genssm.codec import ANY, Image
 from genssm.interface import uploads
 from genssm.interface.components import (
+    PRIVATE,
     for_programs,
     kept,
+    last_made,
+    last_seed,
     live,
     on_page,
     seed_row,
@@ -23,7 +26,7 @@ from genssm.interface.components import (
 )
 from genssm.interface.courtesy import polite, polite_answer
 from genssm.interface.growth import Growth, packed
-from genssm.interface.house import House, Visit, stop, updates, within
+from genssm.interface.house import House, Visit, updates, within
 from genssm.pipeline import Pipeline
 from genssm.request import DEFAULTS, GUIDANCE
 from genssm.session import Sample
@@ -156,17 +159,16 @@ class Drawer:
                 with gr.Row():
                     save = gr.DownloadButton("Download PNG", elem_id="draw-save", size="sm")
                     bits = gr.Button("Surprise map", elem_id="draw-surprise", size="sm")
-        drawn = gr.State(time_to_live=3600, delete_callback=_leave)
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        drawn = last_made()
         inputs = [label, count, heat, guidance, upload, rows, seed]
         outputs = [save, page, status, drawn]
         on_page(self.house, "draw", [go.click], end, self._draw, inputs, outputs)
         for_programs(self.draw, inputs, outputs, "draw")
-        bits.click(self.surprise, [drawn], [page], **private)
-        upload.change(self.preview, [upload, rows], [preview], **private)
+        bits.click(self.surprise, [drawn], [page], **PRIVATE)
+        upload.change(self.preview, [upload, rows], [preview], **PRIVATE)
         rows.input(None, [rows, preview], [preview],
-                   js="(keep, shown) => shown ? {...shown, keep} : shown", **private)  # fmt: skip
-        reuse.click(_last_seed, [drawn], [seed], queue=False, **private)
+                   js="(keep, shown) => shown ? {...shown, keep} : shown", **PRIVATE)  # fmt: skip
+        reuse.click(last_seed, [drawn], [seed], queue=False, **PRIVATE)
         return drawn
 
 
@@ -189,12 +191,3 @@ def surprise_map(sample: Sample, codec: Image) -> np.ndarray:
     bits[given : given + len(sample.token_bits)] = sample.token_bits
     pixels = bits.reshape(-1, codec.shape[2]).sum(1)
     return np.round(255 * np.clip(pixels / SURPRISE, 0, 1)).astype(np.uint8)
-
-
-def _leave(drawn: Drawn | None) -> None:
-    stop(drawn and drawn.visit)
-
-
-def _last_seed(drawn: Drawn | None) -> int:
-    samples = [] if drawn is None else drawn.visit.samples()
-    return samples[0].seed if samples else -1

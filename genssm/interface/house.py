@@ -134,7 +134,9 @@ class House:
 
     def stop(self, visitor: str, tab: str) -> None:
         """What Stop does in a tab."""
-        stop(self._latest.get((visitor, tab)))
+        visit = self._latest.get((visitor, tab))
+        if visit is not None:
+            visit.stop()
 
     def begin(
         self,
@@ -260,9 +262,3 @@ def updates(job: Job) -> Iterator[list[tuple[int, Raw]]]:
     yield pieces
     if failure is not None:
         raise failure
-
-
-def stop(visit: Visit | None) -> None:
-    """End a request, if there is one."""
-    if visit is not None:
-        visit.stop()

@@ -15,8 +15,10 @@ from genssm import files
 from genssm.codec import ANY, Audio, Codec
 from genssm.interface import uploads
 from genssm.interface.components import (
+    PRIVATE,
     for_programs,
     kept,
+    last_made,
     live,
     on_page,
     seed_row,
@@ -29,7 +31,6 @@ from genssm.interface.house import (
     House,
     Visit,
     chosen_seed,
-    stop,
     updates,
     within,
 )
@@ -222,8 +223,7 @@ class Speaker:
                 page = live("sound", label="Blocks of sound", elem_id="speak-page")
                 status = status_line("speak-status")
                 save = gr.DownloadButton("Download WAV", elem_id="speak-save", size="sm")
-        spoken = gr.State(time_to_live=3600, delete_callback=_leave)
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        spoken = last_made()
         inputs, outputs = (
             [words, speaker, seconds, duration, heat, rate, upload, seed],
             [save, page, status, spoken],
@@ -233,7 +233,7 @@ class Speaker:
         for_programs(self.speak, inputs, outputs, "speak")
         end.click(None, js="() => document.querySelector('#speak-page .live')"
                            ".dispatchEvent(new Event('hush'))")  # fmt: skip
-        reuse.click(lambda s: s.seed if s else -1, [spoken], [seed], queue=False, **private)
+        reuse.click(lambda s: s.seed if s else -1, [spoken], [seed], queue=False, **PRIVATE)
         return spoken
 
 
@@ -275,7 +275,3 @@ def sound_file(pipe: Pipeline, samples: Sequence[Sample], prompts: Sequence[Any]
     prompt = " ".join(prompts) if isinstance(prompts[0], str) else None
     content = files.sounds_in_a_row(pipe, samples, PAUSE, prompt)
     return kept(f"{Path(pipe.name).name}-{samples[0].seed}.wav", content)
-
-
-def _leave(spoken: Spoken | None) -> None:
-    stop(spoken and spoken.visit)

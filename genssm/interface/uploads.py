@@ -62,7 +62,7 @@ def clip(path: str, codec: Audio, seconds: float) -> np.ndarray:
             if is_cut_short(file):
                 raise ValueError("this clip is cut short; send all of it")
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError("this file is no sound that can be read; WAV and FLAC are") from error
+        raise ValueError("this file cannot be read as sound; give a WAV or FLAC") from error
     if not len(wave):
         raise ValueError("this clip is empty; there is nothing to continue")
     return codec.waveform(wave, rate)

@@ -9,10 +9,20 @@ from typing import Any
 import gradio as gr
 
 from genssm.codec import Decoder
-from genssm.interface.components import ON_PAGE, for_programs, live, on_page, seed_row, status_line
+from genssm.interface.components import (
+    ON_PAGE,
+    PRIVATE,
+    for_programs,
+    last_made,
+    last_seed,
+    live,
+    on_page,
+    seed_row,
+    status_line,
+)
 from genssm.interface.courtesy import alone, polite
 from genssm.interface.growth import Growth
-from genssm.interface.house import House, Visit, stop, updates, within
+from genssm.interface.house import House, Visit, updates, within
 from genssm.request import DEFAULTS
 
 TOKENS = 600  # the most of one request
@@ -141,7 +151,7 @@ class Writer:
                 page = live("tokens", label="Pieces with bits", elem_id="write-page")
                 text = gr.Textbox(label="Text", visible=False)
                 status = status_line("write-status")
-        written = gr.State(time_to_live=3600, delete_callback=_leave)
+        written = last_made()
         settings = [tokens, heat, top_p, penalty, seed]
         outputs = [text, page, status, written]
         go_on = alone(self.house, "write", self._go_on)
@@ -150,7 +160,7 @@ class Writer:
         more.click(go_on, [written, *settings], outputs, **ON_PAGE)
         for_programs(self.write, [prompt, *settings], outputs, "write")
         for_programs(self.go_on, [written, *settings], outputs, "continue")
-        reuse.click(_last_seed, [written], [seed], api_visibility="private", queue=False)
+        reuse.click(last_seed, [written], [seed], queue=False, **PRIVATE)
         return written
 
 
@@ -189,12 +199,3 @@ def _settings(tokens: float, temperature: float, top_p: float, penalty: float) -
 
 def _joined(pieces: list[list[Any]]) -> str:
     return "".join(text for text, _ in pieces)
-
-
-def _leave(written: Written | None) -> None:
-    stop(written and written.visit)
-
-
-def _last_seed(written: Written | None) -> int:
-    samples = [] if written is None else written.visit.samples()
-    return samples[0].seed if samples else -1

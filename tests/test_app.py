@@ -182,7 +182,7 @@ def test_stopping_keeps_what_was_drawn(house: House, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(houses, "UPDATES", 1000)
     writing = Writer(house).write("The river", 10**6, 0.8, seed=3)
     written = next(written for text, _, _, written in writing if len(text) > 20)
-    houses.stop(written.visit)
+    written.visit.stop()
     *_, (text, whole, _, _) = writing
     sample = written.visit.samples()[0]
     assert sample.finish == "interrupted"
@@ -696,7 +696,7 @@ def test_a_number_that_was_stopped_is_repeated_as_far_as_it_came(
     for _, message, _, spoken in speaking:
         pauses = [i for i in message["items"] if isinstance(i, str) and set(i) == {"A"}]
         if pauses:  # the second digit has begun
-            houses.stop(spoken.visit)
+            spoken.visit.stop()
             break
     *_, (file, _, _, _) = speaking
     assert file is not None

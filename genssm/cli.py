@@ -322,7 +322,6 @@ def _sample_to_folder(context: typer.Context, out: Path) -> None:
     from genssm import files
     from genssm.bulk import sample_to_folder
     from genssm.distributed import processes, rank
-    from genssm.request import Request
 
     options = context.params
     for name in ("like", "state", "save_state", "as_json", "keep_rows", "label", "force"):
@@ -332,11 +331,8 @@ def _sample_to_folder(context: typer.Context, out: Path) -> None:
             raise UsageError(f"a folder of samples takes no --{option}{rest}")
     try:
         pipe = _loaded(options)
-        settings = {f.name: options.get(f.name) for f in fields(Request)}
-        settings["seed"] = options["seed"] or 0  # so that the same command goes on
-        if options["seconds"] is not None:
-            settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
-        request = Request(**{k: v for k, v in settings.items() if v is not None})
+        seed = options["seed"] or 0  # so that the same command goes on
+        request = _request(pipe, options | {"seed": seed})
         prompt = options["prompt"]
         if prompt == "-" and processes() > 1:
             raise UsageError("several processes cannot share stdin; give the prompt as a .txt file")
@@ -375,16 +371,21 @@ def _loaded(options: dict[str, Any]) -> Pipeline:
     return pipe if options["rate"] is None else pipe.at_rate(options["rate"])
 
 
-def _requested(context: typer.Context) -> _Job:
-    from genssm import files
+def _request(pipe: Pipeline, options: dict[str, Any]) -> Request:
     from genssm.request import Request
 
-    options = context.params
-    pipe = _loaded(options)
     settings = {f.name: options.get(f.name) for f in fields(Request)}
     if options["seconds"] is not None:
         settings["max_tokens"] = _tokens(pipe, options["seconds"], options["max_tokens"])
-    request = Request(**{k: v for k, v in settings.items() if v is not None})
+    return Request(**{k: v for k, v in settings.items() if v is not None})
+
+
+def _requested(context: typer.Context) -> _Job:
+    from genssm import files
+
+    options = context.params
+    pipe = _loaded(options)
+    request = _request(pipe, options)
     state = None if options["state"] is None else pipe.load_state(options["state"])
     prompt = files.read_prompt(pipe.codec, options["prompt"], sys.stdin)
     plan = pipe.plan(prompt, request, state)

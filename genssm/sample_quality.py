@@ -93,7 +93,7 @@ def diversity(judged: Judged) -> float:
 
 
 def draw(
-    pipe: Pipeline, count: int, settings: Settings, note: Callable[[str], None]
+    pipe: Pipeline, count: int, settings: Settings, note: Callable[[str], None] = lambda text: None
 ) -> list[Sample]:
     """``count`` samples, every class equally often.
 

@@ -16,7 +16,7 @@ from genssm.codec import Audio, Image
 from genssm.disk import replace_file
 from genssm.files import grid, png, sound
 from genssm.pipeline import Pipeline
-from genssm.session import Sample
+from genssm.sample_quality import draw
 
 _PICTURES, _CLIPS, _TEXTS = 16, 10, 3
 _TEXT_TOKENS = 200
@@ -37,10 +37,10 @@ def draw_sheet(checkpoint: Checkpoint, step: int, engine: str = "auto") -> Sheet
     pipe = Pipeline("training", checkpoint, engine=engine)
     codec = pipe.codec
     if isinstance(codec, Image):
-        return Sheet(step, grid([s.raw for s in _of_each_class(pipe, _PICTURES)]))
+        return Sheet(step, grid([s.raw for s in draw(pipe, _PICTURES, {"seed": 0})]))
     if isinstance(codec, Audio):
         pause = np.zeros(round(_PAUSE * codec.rate), np.float32)
-        waves = [part for s in _of_each_class(pipe, _CLIPS) for part in (s.raw, pause)]
+        waves = [part for s in draw(pipe, _CLIPS, {"seed": 0}) for part in (s.raw, pause)]
         return Sheet(step, np.concatenate(waves), codec.rate)
     samples = pipe.sample(count=_TEXTS, max_tokens=_TEXT_TOKENS, seed=0)
     return Sheet(step, "\n\n----\n\n".join(s.raw for s in samples))
@@ -57,15 +57,3 @@ def write_sheet(sheet: Sheet, folder: Path) -> Path:
     target = folder / f"step-{sheet.step:08}{suffix}"
     replace_file(target, lambda file: file.write_bytes(content))
     return target
-
-
-def _of_each_class(pipe: Pipeline, count: int) -> list[Sample]:
-    """``count`` samples, class after class; all of "any" where there are no classes."""
-    classes = pipe.codec.classes or (None,)
-    each = [count // len(classes) + (i < count % len(classes)) for i in range(len(classes))]
-    return [
-        sample
-        for label, n in zip(classes, each, strict=True)
-        if n
-        for sample in pipe.sample(label=label, count=n, seed=0)
-    ]

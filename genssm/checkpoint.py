@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,57 +133,14 @@ def load(name: str | Path) -> Checkpoint:
 
 
 def _load(folder: Path) -> Checkpoint:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    def check(holds: bool, problem: str) -> None:
-        if not holds:
-            raise CheckpointError(f"the checkpoint {str(folder)!r} {problem}")
-
-    inner = folder / "checkpoint"  # where a training keeps its best
-    hint = f"; give {str(inner)!r}" if (inner / "config.json").is_file() else ""
-    for file in ("config.json", "model.safetensors"):
-        check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint{hint}")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{str(folder / 'config.json')!r} is not readable JSON") from error
-    check(isinstance(config, dict) and "format_version" in config, "is not in genssm's format")
-    version = config["format_version"]
-    check(
-        version == FORMAT_VERSION,
-        f"has format version {version}, this genssm reads {FORMAT_VERSION}; "
-        + ("upgrade genssm" if _is_newer(version) else "convert or retrain it"),
-    )
-    sections = {"codec": dict, "model": dict, "training": dict, "metrics": dict, "probe": list}
-    names = sorted(["format_version", *sections])
-    check(sorted(config) == names, f"must have exactly the sections {', '.join(names)}")
-    for section, kind in sections.items():
-        check(isinstance(config[section], kind), f"has a damaged section {section!r}")
-    try:
-        codec = codec_from_config(config["codec"], folder)
-        known = {f.name for f in fields(ModelConfig)}
-        exact = set(config["model"]) | LATER_SETTINGS == known
-        check(exact, f"must set exactly {', '.join(sorted(known))}")
-        settings = ModelConfig(**config["model"])
-        tensors = load_file(folder / "model.safetensors")
-        count = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-        check(_least_weights(settings) <= count, "has fewer weights than its config says")
-        model = SequenceModel(settings).float()
-    except CheckpointError:
-        raise
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{str(folder / 'model.safetensors')!r} is truncated or no safetensors file"
-        ) from error
-    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
-        raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
-    fits = all(
+    config = _read_config(folder)
+    codec, model, tensors = _build(folder, config)
+    check = partial(_check, folder)
+    shape = codec.shape if isinstance(codec, Image) else model.config.image_shape
+    fits = model.config.image_shape in (None, shape) and all(
         getattr(codec, name) == getattr(model.config, name)
         for name in ("vocab_size", "n_outputs", "opening", "durations")
     )
-    shape = codec.shape if isinstance(codec, Image) else model.config.image_shape
-    fits = fits and model.config.image_shape in (None, shape)
     check(fits, "has a codec that does not fit its model")
     expected = model.state_dict()
     wrong = sorted(set(expected) ^ set(tensors)) or sorted(
@@ -199,8 +157,62 @@ def _load(folder: Path) -> Checkpoint:
     return Checkpoint(model.eval(), codec, config["training"], config["metrics"], tuple(probe))
 
 
-def _is_newer(version: object) -> bool:
-    return isinstance(version, int) and version > FORMAT_VERSION
+def _check(folder: Path, holds: bool, problem: str) -> None:
+    if not holds:
+        raise CheckpointError(f"the checkpoint {str(folder)!r} {problem}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json, of this version and with all of its sections."""
+    check = partial(_check, folder)
+    inner = folder / "checkpoint"  # where a training keeps its best
+    hint = f"; give {str(inner)!r}" if (inner / "config.json").is_file() else ""
+    for file in ("config.json", "model.safetensors"):
+        check((folder / file).is_file(), f"has no {file}; it is no genssm checkpoint{hint}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{str(folder / 'config.json')!r} is not readable JSON") from error
+    check(isinstance(config, dict) and "format_version" in config, "is not in genssm's format")
+    version = config["format_version"]
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    check(
+        version == FORMAT_VERSION,
+        f"has format version {version}, this genssm reads {FORMAT_VERSION}; "
+        + ("upgrade genssm" if newer else "convert or retrain it"),
+    )
+    sections = {"codec": dict, "model": dict, "training": dict, "metrics": dict, "probe": list}
+    names = sorted(["format_version", *sections])
+    check(sorted(config) == names, f"must have exactly the sections {', '.join(names)}")
+    for section, kind in sections.items():
+        check(isinstance(config[section], kind), f"has a damaged section {section!r}")
+    return config
+
+
+def _build(folder: Path, config: dict[str, Any]) -> tuple[Codec, SequenceModel, dict[str, Tensor]]:
+    """The codec and the model that a config describes, and the weights that lie beside it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check = partial(_check, folder)
+    try:
+        codec = codec_from_config(config["codec"], folder)
+        known = {f.name for f in fields(ModelConfig)}
+        exact = set(config["model"]) | LATER_SETTINGS == known
+        check(exact, f"must set exactly {', '.join(sorted(known))}")
+        settings = ModelConfig(**config["model"])
+        tensors = load_file(folder / "model.safetensors")
+        count = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+        check(_least_weights(settings) <= count, "has fewer weights than its config says")
+        return codec, SequenceModel(settings).float(), tensors
+    except CheckpointError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(folder / 'model.safetensors')!r} is truncated or no safetensors file"
+        ) from error
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(f"the checkpoint {str(folder)!r} is not usable: {error}") from error
 
 
 def _least_weights(config: ModelConfig) -> int:

@@ -824,16 +824,18 @@ class Pace:
     """How many threads step a batch fastest, one or a team, by the clock of the blocks drawn.
 
     Both draw the same tokens, so that a trial costs no more than the time of the slower. A team
-    that loses, on a busy machine say, is tried again after twice as many steps each time.
+    that loses is tried again, soon at first, for a busy moment may have decided it, then after
+    twice as many steps each time.
     """
 
     SHORT = 16  # steps for which a team is not called together
-    PATIENCE, LONGEST = 512, 2**17  # steps to the next trial, at first and at most
+    STEADY = 512  # steps of a team to the next trial of one thread
+    SOON, LONGEST = 128, 2**17  # steps of one thread to the next trial of a team
 
     def __init__(self) -> None:
         self.threads = 1
         self._seconds: dict[bool, float] = {}  # of a step: by a team?
-        self._left, self._patience = 0, self.PATIENCE
+        self._left, self._patience = 0, self.SOON
 
     def choose(self, most: int, steps: int) -> int:
         """Threads for the next block of so many steps, 1 or ``most``."""
@@ -852,10 +854,11 @@ class Pace:
         if (threads > 1) == (self.threads > 1):  # no trial
             return
         if self._seconds[True] < 0.9 * self._seconds[False]:
-            self.threads, self._patience = max(self.threads, threads), self.PATIENCE
+            self.threads, self._left = max(self.threads, threads), self.STEADY
+            self._patience = self.SOON
         else:
-            self.threads, self._patience = 1, min(2 * self._patience, self.LONGEST)
-        self._left = self._patience
+            self.threads, self._left = 1, self._patience
+            self._patience = min(2 * self._patience, self.LONGEST)
 
 
 class _Team:

@@ -327,6 +327,19 @@ def test_a_team_steps_while_it_is_faster() -> None:
     assert pace.choose(1, 32) == 1
 
 
+def test_a_team_that_a_busy_moment_slowed_is_soon_tried_again() -> None:
+    pace = Pace()
+    for threads, seconds in ((1, 1.0), (2, 1.5)):
+        assert pace.choose(2, 32) == threads
+        pace.took(threads, 32, seconds)
+    assert [pace.choose(2, 32)] * 4 == [1] * 4
+    for _ in range(4):
+        pace.took(1, 32, 1.0)
+    assert pace.choose(2, 32) == 2
+    pace.took(2, 32, 0.6)
+    assert pace.choose(2, 32) == 2
+
+
 @pytest.mark.parametrize("config", SETTINGS)
 def test_draws_equal_the_eager_ones(make_model: MakeModel, config: SamplingConfig) -> None:
     model = to_recurrent(make_model("pooled"))

@@ -21,8 +21,8 @@ def previous(folder: Path) -> Path:
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder with files, then swap it in by two renames.
 
-    A kill between them leaves the old one as ``previous(folder)``. Raises OSError when the disk is
-    full; ``folder`` then is what it was.
+    What is in ``folder`` and ``previous(folder)`` is lost; a kill between the renames leaves the
+    old one as the latter. Raises OSError when the disk is full; ``folder`` then is what it was.
     """
     old = previous(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +86,12 @@ def _temporary(path: Path) -> str:
 def remove_leftovers(folder: Path, written: Callable[[str], object], idle: float = 0.0) -> None:
     """Remove the temporary files and folders of names that were ``written`` in ``folder``.
 
-    Their writers were killed. Those that changed in the last ``idle`` seconds stay, since a writer
-    may be at work, and so do hidden files of others.
+    Names of up to 240 bytes: of longer ones they hold the beginning only. Their writers were
+    killed. Those that changed in the last ``idle`` seconds stay, since a writer may be at work, and
+    so do hidden files of others.
     """
     for left in folder.iterdir():
-        parts = re.fullmatch(r"\.(.+)-[a-z0-9_]{8}(\.[^.]+)?", left.name)
+        parts = re.fullmatch(r"\.(.+)-[a-z0-9_]{8}(\.[^.]+)?", left.name, re.DOTALL)
         if parts is None or not written("".join(parts.groups(""))):
             continue
         with suppress(FileNotFoundError):  # its writer was at work

@@ -302,18 +302,26 @@ class Output:
 
 
 def write_samples(
-    pipe: Pipeline, samples: Sequence[Sample], path: str | Path, *, force: bool = False
+    pipe: Pipeline,
+    samples: Sequence[Sample],
+    path: str | Path,
+    *,
+    prompt: str | None = None,
+    force: bool = False,
 ) -> list[Path]:
     """Write samples of one call as ``genssm sample --out`` does; returns the files.
 
     Pictures go into one PNG, in a grid; clips into WAV, FLAC or OGG files, numbered if there are
-    several; texts into one file. PNG and WAV hold the recipe; see ``read_recipe``. Raises
-    ValueError for a file that cannot be such a one, FileExistsError, unless ``force``, for one that
-    is there.
+    several; texts into one file. PNG and WAV hold the recipe, in which ``prompt`` is a note for
+    people; see ``read_recipe``. Raises ValueError for a file that cannot be such a one and for
+    samples of several calls or another model, FileExistsError, unless ``force``, for a file that is
+    there.
     """
     if not samples:
         raise ValueError("there are no samples to write")
-    output = Output(pipe, str(path), len(samples), force)
+    if str(path) == "-":
+        raise ValueError("samples are written to a file; got '-'")
+    output = Output(pipe, str(Path(path).expanduser()), len(samples), force, prompt)
     output.write(list(samples))
     return output.paths()
 

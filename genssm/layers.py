@@ -71,10 +71,12 @@ class _KeptKernel:
     kernel: Tensor
 
     def serves(self, span: int, rate: float, tensors: list[Tensor]) -> bool:
-        return (self.span, self.rate) == (span, rate) and all(
-            (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
-            for a, b in zip(self.made_of, tensors, strict=True)
-        )
+        if (self.span, self.rate) != (span, rate):
+            return False
+        pairs = list(zip(self.made_of, tensors, strict=True))
+        if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
+            return False
+        return bool(torch.stack([(a == b).all() for a, b in pairs]).all())  # a GPU is awaited once
 
 
 @torch.no_grad()
@@ -159,8 +161,12 @@ class TrainedLayer(nn.Module, ABC):
             return y
 
     def _kernel_of(self, length: int, rate: float) -> Tensor:
-        """``kernel``, kept between calls that need no gradient while nothing changes."""
-        if torch.is_grad_enabled():
+        """``kernel``, kept between calls that need no gradient while nothing changes.
+
+        A call with gradients lets go of it, for training needs the memory.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
             return self.kernel(length, rate)
         span, kept = self._kept_length(length), self._kept  # read once: threads may replace it
         tensors = [*self.parameters(), *self.buffers()]

@@ -809,13 +809,14 @@ def map_nested(function: Callable[..., Tensor], *nodes: Tensor | tuple) -> Any:
     """A function of tensors, of each place in nested tuples of one shape, depth first."""
     if all(isinstance(node, Tensor) for node in nodes):
         return function(*nodes)
+    assert not any(isinstance(node, Tensor) for node in nodes), "of one shape"
     return tuple(map_nested(function, *children) for children in zip(*nodes, strict=True))
 
 
 class State(NamedTuple):
     """All that a recurrent model remembers; its size does not depend on the tokens read."""
 
-    position: Tensor  # () int64 on the CPU: tokens read
+    position: Tensor  # () int64 on the CPU: tokens read; all else has a row for each sequence
     # (B, kept + reach) int64, the first tokens and the last, for the taps; NOTHING before any
     history: Tensor
     recall: Tensor  # (B, K, slots, 2) int32: what ``Recall`` keeps

@@ -17,7 +17,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:

@@ -360,8 +360,16 @@ class Pipeline:
         """How to make these samples of one plan again; ``prompt`` is a note for people.
 
         None for samples that were interrupted at different lengths and for very long prompts.
+        Raises ValueError for samples of several plans or of another model.
         """
         plan = samples[0].plan
+        if any(replace(s.plan, indices=plan.indices) != plan for s in samples):
+            raise ValueError("the samples are not of one call; give those of each by themselves")
+        if any(s.owner not in (None, self._owner()) for s in samples):
+            raise ValueError(
+                f"the samples were drawn by another model than {self.name!r} at the rate "
+                f"{self.rate:g}; give the one that drew them"
+            )
         if len(plan.tokens) > MOST_TOKENS:
             return None
         cut = {len(s.tokens) for s in samples if s.finish == "interrupted"}
@@ -483,7 +491,8 @@ class Pipeline:
         fields of ``Request``: ``count``, ``label``, ``max_tokens``, ``temperature``, ``seed``, …
         The same ``seed`` gives the same samples, alone or in any batch.
 
-        Raises ValueError for a prompt or setting that does not fit.
+        Raises ValueError for a prompt or setting that does not fit, TypeError for one that is
+        unknown.
         """
         request = Request.of(**settings)
         plan = self.plan(prompt, request, state)

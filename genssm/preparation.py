@@ -40,7 +40,12 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, data: Path, out: Path, given: Codec | None, validation_limit: int | None = None
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    given: Codec | None,
+    *,
+    validation_limit: int | None = None,
 ) -> Prepared:
     """Find the splits of ``data``; learn a tokenizer and fill the token cache in ``out`` once.
 
@@ -235,7 +240,7 @@ _ADDED = (
 
 
 def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
-    """Load the weights of ``start`` into a model of its shape.
+    """Load the weights of ``start`` into a model that has all of its parts.
 
     Labels that it does not know begin as the class they are a part of, or else as "any", and so do
     durations and levels. Inputs that it does not have begin with nothing: a class that is added at
@@ -261,9 +266,13 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
             for name in ("head.linear.weight", "head.linear.bias"):
                 weights[name] = weights[name][ids[: codec.n_outputs]]
     if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
+        shapes = {k: [tuple(w[k].shape) if k in w else None for w in (weights, own)] for k in
+                  weights.keys() | own.keys()}  # fmt: skip
+        name = min(k for k, (before, now) in shapes.items() if before != now)
+        before, now = shapes[name]
         raise ValueError(
-            "the model to start from has another shape than the recipe's; of what makes the shape "
-            "only n_layers may be larger"
+            f"the model to start from has another shape than the recipe's, first {name}: {before} "
+            f"and {now}; blocks, taps, recall and labels may be added, nothing else may differ"
         )
     _check_meaning(start.model.config, model.config)
     model.load_state_dict(weights)

@@ -109,7 +109,7 @@ def benchmark_quality(
 
     ``out`` receives the tokenizer and the tokens. Raises ValueError without ``transformers``.
     """
-    prepared = prepare(recipe, data, out, None, _WINDOWS)
+    prepared = prepare(recipe, data, out, None, validation_limit=_WINDOWS)
     torch.manual_seed(recipe.train.seed)
     config = recipe.model_config(prepared.codec)
     ours, settings = SequenceModel(config), recipe.train

@@ -28,6 +28,7 @@ class Sample:
     finish: str  # "end" (by the model), "stop" (a stop string), "length" or "interrupted"
     seconds: float  # wall time of the whole batch
     plan: Plan  # all that decided it and those beside it
+    owner: tuple[str, float] | None = None  # content hash and rate of the model that drew it
 
     @property
     def bits(self) -> float:
@@ -105,6 +106,7 @@ class Session:
 
     Each iteration yields the raw pieces that became whole, as (sample, piece): text, rows of
     pixels, blocks of sound. Stopping the iteration at any time keeps what was drawn.
+    ``generation`` is what draws, and knows which samples are not finished.
     """
 
     def __init__(
@@ -141,7 +143,6 @@ class Session:
             for token in plan.tokens[self._whole :]:
                 decoder.push(token)
         self._decoders = [_Ending(d, plan.stop) for d in decoders] if plan.stop else decoders
-        # What draws, and which samples are not finished.
         self.generation = begin(
             model,
             start,
@@ -277,4 +278,5 @@ class Session:
             finish=self.finish[i],
             seconds=self.seconds,
             plan=self.plan,
+            owner=self._owner() if self._owner else None,
         )

@@ -58,8 +58,8 @@ def train(
     The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives the state
     from which ``resume`` goes on exactly (``state.safetensors``), ``log.csv``, ``checkpoint/`` and,
     every ``sheet_minutes``, ``samples/``. ``start`` names a checkpoint to begin with (its
-    tokenizer included), of the same shape or with fewer blocks. SIGTERM and Ctrl-C save before they
-    end the training. Under ``torchrun`` all its processes train one model.
+    tokenizer included), whose parts the recipe has all; others are added. SIGTERM and Ctrl-C save
+    before they end the training. Under ``torchrun`` all its processes train one model.
 
     Raises ValueError for unusable data or settings and for a training that diverged,
     FileExistsError for a folder with a training that is not to be resumed or is under way, or a

@@ -2,11 +2,13 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from genssm.disk import remove_leftovers, replace_file
+from genssm.disk import remove_leftovers, replace_file, replace_folder
+from genssm.train import _WRITTEN
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,15 +30,18 @@ def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path: Path):
     assert contents(path.parent) == {"file.bin": b"new"}
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.b.png", "folder", "a-b.png"])
-def test_what_a_killed_writer_left_is_found_by_the_name_it_wrote(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", ["a.png", "a.b.png", "plain", "a-b.png", "x" * 236 + ".png"])
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_what_a_killed_writer_left_is_found_by_the_name_it_wrote(
+    replace: Callable[..., None], name: str, tmp_path: Path
+):
     def killed(file: Path) -> None:
         (tmp_path / "kept").mkdir()
         file.rename(tmp_path / "kept" / file.name)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        replace_file(tmp_path / name, killed)
+        replace(tmp_path / name, killed)
     (left,) = (tmp_path / "kept").iterdir()
     remove_leftovers(left.parent, {"other", "b.png"}.__contains__)
     remove_leftovers(left.parent, {name}.__contains__, idle=60)
@@ -44,3 +49,9 @@ def test_what_a_killed_writer_left_is_found_by_the_name_it_wrote(name: str, tmp_
     os.utime(left, times=(time.time() - 61,) * 2)
     remove_leftovers(left.parent, {name}.__contains__, idle=60)
     assert not left.exists()
+
+
+def test_a_training_knows_the_names_that_it_writes():
+    names = ("checkpoint", "state.safetensors", "log.csv", "tokenizer.model")
+    assert all(map(_WRITTEN.fullmatch, (*names, "tokens-0a1b.bin", "tokens-0a1b.json")))
+    assert not any(map(_WRITTEN.fullmatch, ("checkpoint2", "logxcsv", "tokens.bin", "config.json")))

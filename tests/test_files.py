@@ -74,8 +74,33 @@ def test_samples_are_written_with_what_makes_them_again(
     else:
         made = [s for file in written for s in pipe.repeat(genssm.read_recipe(str(file)))]
         assert [s.tokens for s in made] == [s.tokens for s in samples]
-    with pytest.raises(ValueError, match="no samples to write"):
-        genssm.write_samples(pipe, [], tmp_path / name)
+
+
+def test_samples_that_no_recipe_makes_together_are_not_written(
+    make_checkpoint: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = Pipeline("toy", make_checkpoint("audio"), engine="eager")
+    clips = pipe.sample("one", count=2, max_tokens=9, seed=1)
+    others = pipe.sample("two", count=2, max_tokens=9, seed=1)
+    picture = Pipeline("toy", make_checkpoint("image"), engine="eager").sample(max_tokens=9)[0]
+    file = tmp_path / "a.wav"
+    for samples, place, message in (
+        ([], file, "no samples to write"),
+        (clips, Path("-"), "to a file"),
+        ([*clips, *others], file.with_suffix(".png"), "must end in .wav"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            genssm.write_samples(pipe, samples, place)
+    with pytest.raises(ValueError, match="not of one call"):
+        pipe.recipe([*clips, *others])
+    for stranger in (pipe.at_rate(0.5), Pipeline("toy", make_checkpoint("image"))):
+        with pytest.raises(ValueError, match="drawn by another model than 'toy' at the rate"):
+            stranger.recipe(clips)
+    assert picture.owner != clips[0].owner
+    genssm.write_samples(pipe, clips[:1], "~/b.wav", prompt="one")
+    assert genssm.read_recipe(tmp_path / "b.wav").prompt == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.wav"]
 
 
 def test_half_blocks_hold_two_rows_a_line() -> None:

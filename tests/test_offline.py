@@ -1,6 +1,5 @@
 """The server of the page fetches nothing, whatever address it is sent."""
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -142,38 +141,6 @@ def test_requests_have_a_largest_size(site: str, told: bool) -> None:
     assert answer.status == 413
     assert b"a request may have 3 MiB" in answer.read()
     connection.close()
-
-
-@pytest.mark.parametrize("bound", ["ROOM", "PLACES"])
-def test_uploads_have_a_largest_size_in_all(
-    bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(bodies, bound, {"ROOM": 12_000, "PLACES": 4}[bound])
-
-    def status(path: str) -> int:
-        sent: list[Any] = []
-
-        async def app(scope: Any, receive: Any, send: Any) -> None:
-            await send({"status": 200})
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "path": path, "headers": []}
-        asyncio.run(bodies.BoundedBodies(app)(scope, nothing, send))
-        return sent[0]["status"]
-
-    async def nothing() -> Any:
-        raise AssertionError("nothing is read of what is refused")
-
-    for name in ("a", "b"):
-        assert status("/gradio_api/upload") == 200
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "clip.wav").write_bytes(b"0" * 5000)
-    (tmp_path / "c").mkdir()
-    assert status("/gradio_api/upload") == 507
-    assert status("/gradio_api/call/draw") == 200
 
 
 def test_many_files_at_once_are_refused(site: str) -> None:

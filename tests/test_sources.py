@@ -210,7 +210,7 @@ def test_examples_of_no_known_class_are_told(tmp_path: Path, write_picture: Call
             write_picture(file, np.full((28, 28), i, np.uint8))
     recipe = RECIPES["mnist"].changed({"batch_size": 2})
     with pytest.warns(UserWarning, match="2 of 5 examples are of no class that the model knows"):
-        prepare(recipe, tmp_path / "data", tmp_path / "out", None, None)
+        prepare(recipe, tmp_path / "data", tmp_path / "out", None)
 
 
 def test_an_array_without_its_labels_is_told(tmp_path: Path):
@@ -218,7 +218,7 @@ def test_an_array_without_its_labels_is_told(tmp_path: Path):
         np.save(tmp_path / f"{split}.npy", np.zeros((4, 28, 28), np.uint8))
     recipe = RECIPES["mnist"].changed({"batch_size": 2})
     with pytest.warns(UserWarning, match="4 of 4 examples are of no class that the model knows"):
-        prepare(recipe, tmp_path, tmp_path / "out", None, None)
+        prepare(recipe, tmp_path, tmp_path / "out", None)
 
 
 @pytest.mark.parametrize("limit", [3, 4, 5, 7, 8, 20])
@@ -229,7 +229,7 @@ def test_the_validation_subset_is_spread_over_the_whole(limit: int, tmp_path: Pa
         np.save(tmp_path / f"{split}.npy", pictures)
         np.save(tmp_path / f"{split}_labels.npy", np.arange(8))
     recipe = RECIPES["mnist"].changed({"batch_size": 2})
-    chosen = prepare(recipe, tmp_path, tmp_path / "out", None, limit).validation
+    chosen = prepare(recipe, tmp_path, tmp_path / "out", None, validation_limit=limit).validation
     found = [int(example.raw[0, 0, 0]) for example in chosen]
     assert len(set(found)) == len(found) == min(limit, 8)
     assert found[0] == 0
@@ -299,7 +299,7 @@ def test_digits_are_read_where_torchaudios_class_unpacked_them(commands: Path):
 
 def test_the_recipe_sc09_reads_them(commands: Path, tmp_path: Path):
     recipe = RECIPES["sc09"].changed({"batch_size": 2, "length": 128})
-    prepared = prepare(recipe, commands, tmp_path / "out", None, None)
+    prepared = prepare(recipe, commands, tmp_path / "out", None)
     assert [e.label for e in prepared.validation] == ["two", "one"]
     assert len(prepared.validation[0].raw) == 50 * 2  # of 8 kHz files, at 16 kHz
     starts = {int(row[0]) for step in range(20) for row in prepared.batch(step).tokens}
@@ -315,7 +315,7 @@ def test_the_recipe_mnist_reads_its_table(tmp_path: Path, write_picture: Callabl
     for split in ("train", "validation"):
         table = {"image": cells, "label": list(range(10))}
         write_table(tmp_path / "mnist" / f"{split}.parquet", table, digits)
-    prepared = prepare(RECIPES["mnist"], tmp_path / "mnist", tmp_path / "out", None, None)
+    prepared = prepare(RECIPES["mnist"], tmp_path / "mnist", tmp_path / "out", None)
     assert [e.label for e in prepared.validation] == digits
     tokens = prepared.batch(0).tokens
     assert tokens.shape == (8, 785)

@@ -65,6 +65,8 @@ class Inspector:
         pipe = self.house.pipe(modality, getattr(made, "rate", 1.0))
         tokens, source = torch.tensor(_last_tokens(made)), "what was just made"
         if len(tokens) < 2:
+            if not pipe.config["probe"]:
+                raise ValueError("this model came without data; make something to compare on first")
             tokens, source = anatomy.probe_of(pipe), "real data; make something to compare on that"
         tokens = tokens[:COMPARED]
         stepped, prefilled, largest = [], [], 0.0

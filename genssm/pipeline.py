@@ -37,11 +37,14 @@ TOGETHER = 16_384  # tokens convolved at once to classify: more do not fit the c
 class Pipeline:
     """A checkpoint ready for use.
 
-    ``model`` (convolution), ``recurrent`` (the same map as a recurrence), ``codec``
-    (raw ↔ tokens), ``config`` (the content of config.json), ``stepper`` (what draws samples:
-    ``engine`` "eager", "cpu" (compiled), "auto", the faster of these, or "cuda", batches on a GPU;
-    ``weights`` "bf16", "fp32" or "int8", but for the eager one, and the last for "cpu" only, where
-    it is the faster of "int8-24" and "int8-16", by the bits of the activations).
+    - ``model``: the map as a convolution; ``recurrent``: the same as a recurrence.
+    - ``codec``: raw ↔ tokens; ``config``: the content of config.json.
+    - ``stepper``: what draws samples, as ``engine`` and ``weights`` ask. What they led to is in
+      ``engine_name`` and ``stepped_weights``.
+
+    Engines: "eager", the recurrence itself; "cpu", compiled; "auto", the faster of these; "cuda",
+    batches on a GPU. Weights: "bf16", "fp32" or, for "cpu" only, "int8", which is the faster of
+    "int8-24" and "int8-16", by the bits of the activations. The eager engine has those of the model.
     """
 
     def __init__(

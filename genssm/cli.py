@@ -516,7 +516,8 @@ def train(
         bool, typer.Option(help="Go on with the training in --out, with its settings and --set.")
     ] = False,
     start: Annotated[
-        str | None, typer.Option("--from", help="Begin with the weights of this model.")
+        str | None,
+        typer.Option("--from", help="Begin with the weights and shape of this model."),
     ] = None,
     sheets: Annotated[
         float | None,
@@ -539,7 +540,7 @@ def train(
 
     if out == Path():
         raise UsageError("--out needs a folder of its own, such as runs/NAME")
-    chosen = _recipe(recipe, settings or [], out if resume else None)
+    chosen = _recipe(recipe, settings or [], out if resume else None, start)
     torch.set_flush_denormal(True)
     leads = rank() == 0
     with reporter(recipe, chosen.modality, quiet or not leads) as report:
@@ -551,9 +552,14 @@ def train(
         sys.stdout.write(f"{target}\n")
 
 
-def _recipe(name: str, settings: list[str], resumed: Path | None = None) -> Recipe:
-    """The recipe of a name, or what the training in ``resumed`` made of it, with the settings."""
-    from genssm import training_state
+def _recipe(
+    name: str, settings: list[str], resumed: Path | None = None, start: str | None = None
+) -> Recipe:
+    """The recipe of a name, or what the training in ``resumed`` made of it, with the settings.
+
+    A model to ``start`` from gives the shape that is not set.
+    """
+    from genssm import checkpoint, training_state
     from genssm.recipes import RECIPES, parse_settings
 
     if name not in RECIPES:
@@ -565,7 +571,10 @@ def _recipe(name: str, settings: list[str], resumed: Path | None = None) -> Reci
         if owners and name not in owners:
             raise UsageError(f"the training in {str(resumed)!r} is of {owners[0]}, not of {name}")
         begun = kept if kept.modality == begun.modality else begun
+    begin = None if start is None else checkpoint.load(start)
     try:
+        if begin is not None and begin.codec.modality == begun.modality:
+            begun = begun.shaped_as(begin.model.config)
         return begun.changed(parse_settings(settings))
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

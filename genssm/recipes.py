@@ -100,6 +100,8 @@ class TrainConfig:
 _MOST_LAYERS = 1000
 # Settings of a model that are numbers in a row: one a level, say.
 _LISTED = {name for name, kind in get_type_hints(ModelConfig).items() if kind == tuple[int, ...]}
+# Settings of a model that say which blocks it has.
+_SHAPE = ("d_model", "n_layers", "pools", "layer", "layer_settings", "d_state", "expand")
 # Settings of a model that follow from its codec and its training.
 DERIVED = {"vocab_size", "n_outputs", "l_max", "opening", "durations"}
 
@@ -188,6 +190,10 @@ class Recipe:
                 f"n_layers must be at most {_MOST_LAYERS} in all, got {sum(config.n_layers)}"
             )
         return changed
+
+    def shaped_as(self, config: ModelConfig) -> Recipe:
+        """A copy with the blocks and pools of another model."""
+        return self.changed({name: getattr(config, name) for name in _SHAPE})
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -118,6 +118,22 @@ def test_a_resumed_training_keeps_its_settings(run):
     assert "has another modality" in other.stderr
 
 
+def test_a_training_has_the_shape_of_the_model_that_it_begins_with(run):
+    train = ("train", "digits", "--data", "data", "-q")
+    assert run(*train, "-o", "out", *SETTINGS, "--set", "steps=1").exit_code == 0
+    shape = [s for s in SETTINGS if s.startswith(("d_model", "n_layers", "pools", "d_state"))]
+    rest = [a for s in SETTINGS if s not in ("--set", *shape) for a in ("--set", s)]
+    again = ("--from", "out/checkpoint", *rest, "--set", "steps=1")
+    assert run(*train, "-o", "same", *again).exit_code == 0
+    assert run(*train, "-o", "deep", *again, "--set", "n_layers=2,3").exit_code == 0
+    models = [json.loads(Path(o, "checkpoint/config.json").read_text())["model"]
+              for o in ("out", "same", "deep")]  # fmt: skip
+    assert models[1] == models[0]
+    assert models[2] == models[0] | {"n_layers": [2, 3]}
+    wide = run(*train, "-o", "wide", *again, "--set", "d_model=16,16")
+    assert "has another shape than the recipe's, first" in wide.stderr
+
+
 def test_another_recipe_does_not_go_on_with_a_training(run):
     own = [s for s in SMALL if not s.startswith("labels")]
     settings = [a for setting in (*own, "steps=1", "length=128") for a in ("--set", setting)]

@@ -72,6 +72,20 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone(make: Callable[[int], An
     )
 
 
+def test_labels_within_a_class_are_trained_as_that_and_as_any():
+    """A tenth without a class, three tenths as the broader one."""
+    codec = Audio(8000, labels=("7", "7_x"))
+    examples = [Example(np.zeros(4, np.float32), "7_x")] * 8
+    batches = ClipBatches(stream_of(examples, codec), codec, 8, 100, 3)
+    starts = Counter(int(t) for step in range(250) for t in batches.batch(step).tokens[:, 0])
+    shares = {codec.label_of(token): n / 2000 for token, n in starts.items()}
+    assert shares == {
+        None: pytest.approx(0.1, abs=0.03),
+        "7": pytest.approx(0.3, abs=0.04),
+        "7_x": pytest.approx(0.6, abs=0.04),
+    }
+
+
 def test_text_windows_are_consecutive_and_reach_both_ends():
     batches = TextBatches(np.arange(14, dtype=np.uint16), 4, 10, seed=0)
     first, last = set(), set()

@@ -15,7 +15,7 @@ import torch
 from genssm import checkpoint as checkpoints
 from genssm.checkpoint import Checkpoint, CheckpointError
 from genssm.codec import Image
-from genssm.model import SequenceModel
+from genssm.model import ModelConfig, SequenceModel
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])
@@ -412,3 +412,16 @@ def test_saving_reads_but_does_not_change_the_model(
     checkpoints.save(checkpoint, tmp_path / "model")
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_checkpoint_has_the_hash_that_it_has_always_had():
+    """The one in the recipes and state files that were made of it."""
+    codec = Image(2, 2, 1, labels=("a",))
+    config = ModelConfig(codec.vocab_size, codec.n_outputs, (8,), (1,), d_state=4, l_max=5)
+    model = SequenceModel(config)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            exact = torch.arange(tensor.numel()) % 64 / 64
+            tensor.copy_(exact.view_as(tensor))
+    found = checkpoints.content_hash(Checkpoint(model, codec))
+    assert found == "fbdd9b432901d6ad416caeb4da0d4daa90b54fc097e81f5681c3edaa0d5ac06a"

@@ -192,6 +192,40 @@ def test_existing_files_are_kept_without_force(run, folders, tmp_path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", 0.7), ("top_k", 9), ("top_p", 0.9), ("min_p", 0.1), ("plausible", 0.2),
+        ("repetition_penalty", 1.3),
+    ],
+)  # fmt: skip
+def test_every_setting_reaches_the_samples(run, folders, option: str, value: float) -> None:
+    arguments = ("sample", "-m", folders["text"], "--max-tokens", 2, "--json", "--seed", 1)
+    made = run(*arguments, f"--{option.replace('_', '-')}", value, "--stop", "qqq")
+    recipe = json.loads(made.stdout)["recipe"]
+    assert recipe["sampling"][option] == value
+    assert recipe["stop"] == ["qqq"]
+
+
+def test_the_duration_of_a_sound_reaches_it(run, folders) -> None:
+    made = [
+        run(
+            "sample",
+            "-m",
+            folders["audio"],
+            "--duration",
+            seconds,
+            "-o",
+            f"{seconds}.wav",
+            "--json",
+        )
+        for seconds in (0.004, 0.008)
+    ]
+    first, second = (json.loads(r.stdout)["recipe"]["tokens"] for r in made)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
 def test_a_state_file_is_continued(run, folders, tmp_path) -> None:
     settings = ("-m", folders["text"], "--max-tokens", 8, "--seed", 5, "--json")
     first = run("sample", *settings, "-p", "The fox", "--save-state", "a.state")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,21 @@ def test_a_training_has_the_shape_of_the_model_that_it_begins_with(run):
     assert models[2] == models[0] | {"n_layers": [2, 3]}
     wide = run(*train, "-o", "wide", *again, "--set", "d_model=16,16")
     assert "has another shape than the recipe's, first" in wide.stderr
+
+
+def test_options_of_a_training_reach_it(run, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, Any] = {}
+
+    def noted(recipe: Any, data: Path, out: Path, **settings: Any) -> Path:
+        given.update(settings)
+        return out
+
+    monkeypatch.setattr("genssm.train.train", noted)
+    made = run("train", "digits", "--data", "data", "-o", "out", "--minutes", 3, "--sheets", 2,
+               "--tensorboard", "-q")  # fmt: skip
+    assert made.exit_code == 0
+    chosen = {name: given[name] for name in ("minutes", "sheet_minutes", "tensorboard", "resume")}
+    assert chosen == {"minutes": 3, "sheet_minutes": 2, "tensorboard": True, "resume": False}
 
 
 def test_another_recipe_does_not_go_on_with_a_training(run):

@@ -67,6 +67,17 @@ def test_certificate_sees_a_broken_conversion_and_names_the_layer(make_model: Ma
     assert "layer stack.layers.1 differs most" in str(certificate.refusal())
 
 
+def test_certificate_sees_what_reads_wrong_and_steps_right(make_model: MakeModel):
+    model = make_model("pooled")
+    recurrent = to_recurrent(model)
+    with torch.no_grad():
+        recurrent.stack.layers[1].ssm.tables().toeplitz.mul_(1.5)
+    certificate = certify(model, recurrent, tokens())
+    assert certificate.prefill > 1e-2
+    assert certificate.step < 1e-4
+    assert certificate.refusal() is not None
+
+
 @pytest.mark.parametrize("name", ["C", "log_dt"])
 def test_models_with_numbers_that_are_not_finite_are_refused(name: str, make_model: MakeModel):
     model = make_model("isotropic", "s4d")

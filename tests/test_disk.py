@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,23 @@ def test_a_training_knows_the_names_that_it_writes():
     names = ("checkpoint", "state.safetensors", "log.csv", "tokenizer.model")
     assert all(map(_WRITTEN.fullmatch, (*names, "tokens-0a1b.bin", "tokens-0a1b.json")))
     assert not any(map(_WRITTEN.fullmatch, ("checkpoint2", "logxcsv", "tokens.bin", "config.json")))
+
+
+def test_files_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Or a power cut may leave the name of an empty file."""
+    done: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            done.append(name)
+            return function(*arguments)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "rename")):
+        monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+    replace_file(tmp_path / "a.bin", lambda file: file.write_bytes(b"new"))
+    replace_folder(tmp_path / "b", lambda folder: (folder / "c.bin").write_bytes(b"new"))
+    assert done == ["fsync", "replace", "fsync", "rename"]

@@ -241,3 +241,19 @@ def test_heads_that_overflow_are_told_from_layers(make_model: MakeModel) -> None
     generation = begin(recurrent, start, SamplingConfig(), seed=0, indices=[0])
     with pytest.raises(NotFiniteError, match="not what the head makes of them"):
         drawn(generation, 6)
+
+
+def test_a_snapshot_of_a_guided_sample_is_its_own(make_model: MakeModel) -> None:
+    """Not that of the guide, which reads the same tokens without the class."""
+    recurrent = to_recurrent(make_model("pooled"))
+    own, guide = (read(recurrent, torch.tensor([first, 3, 1, 4])) for first in (21, 20))
+    generation = Generation(
+        recurrent, own, SamplingConfig(), seed=2, indices=range(2), guide=guide, guidance=2.0
+    )
+    steps = [generation.step() for _ in range(9)]
+    for i in range(2):
+        told = torch.tensor([21, 3, 1, 4, *(step[i].token for step in steps)])
+        found = generation.snapshot().reading(i, told)
+        expected = read(recurrent, told[: int(found.state.position)])
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert len(found.tokens) >= 12

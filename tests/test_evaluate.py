@@ -26,9 +26,9 @@ kinds = pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
 modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])
 
 
-def bits_by_steps(model: SequenceModel, tokens: Tensor) -> Tensor:
+def bits_by_steps(model: SequenceModel, tokens: Tensor, rate: float = 1.0) -> Tensor:
     """Bits of tokens[1:] given those before, (L + 1,) → (L,), one step at a time."""
-    recurrent = to_recurrent(model)
+    recurrent = to_recurrent(model, rate)
     state, bits = recurrent.initial_state(1), []
     for token, target in pairwise(tokens):
         logits, state = recurrent.step(token[None], state)
@@ -170,3 +170,26 @@ def test_likelihoods_that_are_no_numbers_name_the_layer(
     monkeypatch.setattr(evaluation, "LONGEST", longest)
     with pytest.raises(NotFiniteError, match=r"stack\.layers\.1\.ssm or what enters it"):
         token_bits(model, torch.randint(0, model.config.n_outputs, (2, 40)))
+
+
+@pytest.mark.parametrize("longest", [16_384, 10])
+def test_bits_at_another_rate_are_those_of_steps_at_it(
+    longest: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+):
+    """By convolution, whole and in pieces."""
+    monkeypatch.setattr(evaluation, "LONGEST", longest)
+    monkeypatch.setattr(evaluation, "_HEAD", 7)
+    model, tokens = make_model("pooled", "s4"), torch.randint(0, 17, (40,))
+    expected = bits_by_steps(model, tokens, 0.5)
+    torch.testing.assert_close(
+        token_bits(model, tokens[None], 0.5)[0], expected, rtol=1e-4, atol=1e-4
+    )
+    assert float((expected - token_bits(model, tokens[None])[0]).abs().max()) > 1e-2
+
+
+def test_words_are_counted_as_those_between_blanks_and_ends_of_lines(
+    make_model: MakeModel, text_codec: Text
+):
+    """An end of a line is a word, as is usual for WikiText."""
+    model = make_model("isotropic", vocab_size=400, n_outputs=400)
+    assert evaluate(model, text_codec, [Example("one two\n three\n")]).words == 5

@@ -1,7 +1,7 @@
 """The sequence model: its views agree, it is causal, and its heads are exact likelihoods."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -686,3 +686,17 @@ def test_taps_of_tokens_add_a_row_for_each_earlier_token(make_model: MakeModel):
         if t >= 3:
             expected = expected + inputs.token_taps[1][tokens[:, t - 3]]
         torch.testing.assert_close(inputs(window, 0, window[:, :0])[0][:, t], expected)
+
+
+def test_dropout_is_of_training_alone(make_model: MakeModel):
+    model, tokens = make_model("isotropic", dropout=0.5), torch.randint(0, 20, (2, 9))
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_the_intervals_begin_in_the_range_of_the_config(make_model: MakeModel):
+    config = replace(make_model("pooled").config, dt_min=0.5, dt_max=0.6)
+    found = [p.exp() for n, p in SequenceModel(config).named_parameters() if n.endswith("log_dt")]
+    assert len(found) == sum(config.n_layers)
+    assert all(bool(((dt >= 0.5 - 1e-6) & (dt <= 0.6 + 1e-6)).all()) for dt in found)

@@ -154,6 +154,15 @@ def test_text_continues_its_prompt(pipes: dict[str, Pipeline]) -> None:
     assert len(sample.tokens) <= 10
 
 
+def test_a_sample_says_how_it_ended(pipes: dict[str, Pipeline]) -> None:
+    pipe = copy.deepcopy(pipes["text"])
+    bias = pipe.model.get_parameter("head.linear.bias").data
+    for shift, finish in ((1e4, "end"), (-2e4, "length")):
+        bias[pipe.codec.boundary] += shift
+        sample = Pipeline("text", pipe.checkpoint, engine="eager").sample(max_tokens=5, seed=1)[0]
+        assert (sample.finish, len(sample.tokens)) == (finish, {"end": 1, "length": 5}[finish])
+
+
 def test_no_tokens_gives_back_the_prompt(pipes: dict[str, Pipeline]) -> None:
     sample = pipes["text"].sample("The quick", max_tokens=0)[0]
     assert (sample.raw, sample.tokens, sample.finish) == ("The quick", [], "length")

@@ -155,3 +155,9 @@ def test_settings_out_of_range_are_refused_and_named(setting: dict, rule: str) -
 def test_seed_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="seed must lie in"):
         RandomStream(-1, 0)
+
+
+def test_a_seed_has_the_numbers_that_it_has_always_had():
+    """Those of the recipes in files that were shared."""
+    assert RandomStream(1, 2).take(2).tolist() == [0.2996269638247443, 0.0739441105013603]
+    assert RandomStream(2**40, 1).take(2).tolist() == [0.6745206697895387, 0.5523800198552875]

@@ -81,12 +81,13 @@ def test_pieces_are_those_of_the_sample(scheduler: Scheduler):
 
 
 def test_requests_take_turns(scheduler: Scheduler):
-    """A short request overtakes a long one that came before it."""
-    long = scheduler.submit(max_tokens=10**6, seed=1)
-    assert len(scheduler.submit(max_tokens=50, seed=2).run()[0].tokens) <= 50
-    assert scheduler.busy == 1
-    long.cancel()
-    assert long.run()[0].finish == "interrupted"
+    """A short request overtakes the long ones that came before it and have all the workers."""
+    longs = [scheduler.submit(max_tokens=10**6, seed=i) for i in range(len(scheduler._workers) + 1)]
+    assert len(scheduler.submit(max_tokens=50, seed=20).run()[0].tokens) <= 50
+    assert scheduler.busy == len(longs)
+    for long in longs:
+        long.cancel()
+    assert all(long.run()[0].finish == "interrupted" for long in longs)
 
 
 def test_whoever_leaves_frees_the_place_and_keeps_what_was_drawn(scheduler: Scheduler):

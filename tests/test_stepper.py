@@ -810,3 +810,16 @@ def test_layers_of_several_outputs_step_eagerly(make_model: MakeModel) -> None:
     model = to_recurrent(make_model("isotropic", "s4d", layer_settings={"channels": 2}))
     with pytest.warns(UserWarning, match="layers of one output"):
         assert choose(model) is model
+
+
+@pytest.mark.parametrize("expand", [1, 5])
+def test_mixers_of_any_width_have_room(
+    expand: int, make_model: MakeModel, assert_near: Callable[[Tensor, Tensor, float], None]
+) -> None:
+    model = to_recurrent(make_model("image", expand=expand))
+    compiled = CompiledModel(model, "fp32")
+    _, state = model.prefill(torch.randint(0, 256, (3, 7)))
+    memory = compiled.load(state)
+    for token in torch.randint(0, 256, (9, 3)):
+        expected, state = model.step(token, state)
+        assert_near(compiled.step(token, memory), expected, 1e-5)

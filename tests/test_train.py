@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import io
+import json
 import math
 import os
 import shutil
@@ -27,17 +28,20 @@ import genssm
 from genssm import checkpoint as checkpoints
 from genssm import recipes, sheets, training_state
 from genssm import train as train_module
+from genssm.batches import Batch
 from genssm.codec import Text
 from genssm.conversion import to_recurrent
 from genssm.data import find_split, read_examples
 from genssm.evaluate import Evaluation, evaluate
 from genssm.layers import LAYERS
 from genssm.model import SequenceModel
+from genssm.optim import rate
 from genssm.pipeline import Pipeline
 from genssm.preparation import load_weights, prepare
 from genssm.recipes import Recipe, TrainConfig
 from genssm.train import Progress, train
 from genssm.training_report import describe
+from genssm.update import train_step
 
 modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])
 STEPS = 6  # of the trainings that are compared
@@ -1016,3 +1020,70 @@ def test_compiled_training_equals_the_plain_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler"):
         train(recipe.changed({"compile": True}), data["audio"], tmp_path / "none")
+
+
+def test_a_training_follows_its_schedule(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+
+    def noted(objective: nn.Module, optimizers: list[Any], *rest: Any, **settings: Any) -> Any:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        seen.append([group["lr"] / group["initial_lr"] for group in groups])
+        return train_step(objective, optimizers, *rest, **settings)
+
+    monkeypatch.setattr(train_module, "train_step", noted)
+    recipe = RECIPES["text"].changed({"schedule": "cosine", "decay": 0.5})
+    train(recipe, data["text"], tmp_path / "out")
+    factors = [rate(i, i / STEPS, 2, 0.5, "cosine") for i in range(STEPS)]
+    assert seen == [[pytest.approx(factor)] * 3 for factor in factors]
+
+
+def test_what_a_recipe_says_of_batches_reaches_them(data: dict[str, Path], tmp_path: Path):
+    def batch(modality: str, step: int = 0, **settings: Any) -> Batch:
+        recipe = RECIPES[modality].changed(settings)
+        return prepare(recipe, data[modality], tmp_path / modality, None).batch(step)
+
+    def read(step: int, **settings: Any) -> Tensor:
+        given = batch("audio", step, **settings).read
+        assert given is not None
+        return given[:, 3:]  # behind the opening
+
+    assert not torch.equal(batch("image", flip=True).tokens, batch("image", flip=False).tokens)
+    assert batch("text").weights is None
+    assert batch("text", cut_documents=True).weights is not None
+    for settings in ({"noise": 5.0}, {"fade": 12.0}):
+        assert any(not torch.equal(read(i, **settings), read(i)) for i in range(8)), settings
+
+
+def test_a_resumed_training_has_what_is_left_of_its_minutes(data: dict[str, Path], tmp_path: Path):
+    def last(**settings: Any) -> Progress:
+        reports: list[Progress] = []
+        train(
+            with_steps(RECIPES["text"], 10**9), data["text"], tmp_path / "out",
+            minutes=0.3 / 60, report=reports.append, **settings,
+        )  # fmt: skip
+        return reports[-1]
+
+    assert last().step == last(resume=True).step
+
+
+def test_a_training_is_saved_between_improvements(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from safetensors import safe_open
+
+    bits = iter([1.0, 2.0, 3.0, 4.0])  # worse each time
+    monkeypatch.setattr(
+        "genssm.train.evaluate", lambda *_: Evaluation(next(bits), "bits", 1, 1, 1, 1)
+    )
+
+    def killed(progress: Progress) -> None:
+        if progress.step == 4:
+            raise RuntimeError("killed")
+
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(RECIPES["text"], data["text"], out, save_minutes=0, validate_minutes=0, report=killed)
+    with safe_open(out / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["facts"])["step"] == 4

@@ -37,8 +37,15 @@ def test_memories_are_those_of_the_layers(pipe: Pipeline) -> None:
         assert memory.stride == stride
         assert max(map(abs, memory.kernel)) == pytest.approx(1)
         kernels = block.ssm.kernel(32)[:, 0].detach()
-        scaled = kernels / kernels.abs().amax(-1, keepdim=True)
-        assert float((scaled - torch.tensor(memory.kernel)).abs().amax(-1).min()) < 1e-5
+        strongest = kernels[kernels.square().sum(-1).argmax()]
+        shown = torch.tensor(memory.kernel)
+        torch.testing.assert_close(shown, strongest / strongest.abs().max(), rtol=0, atol=1e-5)
+        stepped = dict(pipe.recurrent.named_modules())[memory.name].ssm.a.flatten()  # of S4D
+        poles = torch.tensor([complex(x, y) for x, y in memory.poles], dtype=stepped.dtype)
+        apart = torch.minimum(
+            (poles[:, None] - stepped).abs(), (poles[:, None] - stepped.conj()).abs()
+        )
+        assert float(apart.amin(1).max()) < 1e-5
         assert all(y >= 0 and x * x + y * y < 1 for x, y in memory.poles)
         assert memory.half_lives == tuple(sorted(memory.half_lives))
     period = pipe.model.config.period

@@ -92,11 +92,21 @@ def imports(file: Path, package: str) -> set[str]:
     """The modules of a package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == package:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {n.removeprefix(f"{package}.").split(".")[0] for n in names
+                      if n.startswith(f"{package}.")}  # fmt: skip
+        elif isinstance(node, ast.ImportFrom) and node.module == package:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
             found.add(str(node.module).removeprefix(f"{package}.").split(".")[0])
     return found
+
+
+def test_no_import_is_relative() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        assert not any(isinstance(n, ast.ImportFrom) and n.level for n in nodes), file
 
 
 def test_every_module_has_its_place() -> None:

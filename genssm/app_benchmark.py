@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genssm.benchmark import machine
+from genssm.benchmark import machine, resident_bytes
 
 # What visitors ask for, in turn: endpoint, arguments, and where the messages of what grows are.
 ERRANDS: tuple[tuple[str, dict[str, Any], int], ...] = (
@@ -76,14 +75,9 @@ def server(**environment: str) -> Iterator[tuple[str, int, float]]:
         process.wait()
 
 
-def resident_bytes(process: int) -> int | None:
-    """Memory that a process holds; None where the system does not say so."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    return None if found is None else 1024 * int(found[1])
+def _held(process: int) -> int | None:
+    resident = resident_bytes(process)
+    return None if resident is None else resident[0]
 
 
 def errand(client: Any, turn: int, *, leave: bool = False) -> Errand:
@@ -147,7 +141,7 @@ def benchmark_app(
         report(f"the first text: {cold.outcome}, first output after {cold.first or 0:.1f} s")
         for turn in range(1, len(ERRANDS)):
             errand(client, turn)  # loads the other models
-        before = resident_bytes(process)
+        before = _held(process)
         done: list[Errand] = []
         until = time.monotonic() + seconds
         threads = [
@@ -156,10 +150,10 @@ def benchmark_app(
         for thread in threads:
             thread.start()
         time.sleep(seconds / 2)
-        middle = resident_bytes(process)
+        middle = _held(process)
         for thread in threads:
             thread.join()
-        after = resident_bytes(process)
+        after = _held(process)
         last = errand(client, 0)
     return _summed_up(
         {"visitors": visitors, "seconds": seconds, "seconds_to_answer": started,

@@ -117,12 +117,15 @@ def _median_seconds(function: Callable[[], Any], device: str, repeats: int) -> f
 # Cost: S4 and S4D against LSSL
 
 
-def _resident() -> tuple[int, int] | None:
-    """Memory of this process in bytes: now, and at its peak."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+def resident_bytes(process: int | str = "self") -> tuple[int, int] | None:
+    """Memory that a process holds, now and at its peak; None where the system does not say so."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
         return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if "VmRSS" not in lines:  # of a process that has ended
+        return None
     now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return now, peak
 
@@ -149,9 +152,9 @@ def measure_cost(case: Case, repeats: int = 3) -> Cost:
         step()
         memory = torch.cuda.max_memory_allocated() - before
     else:
-        resident = _resident()
+        resident = resident_bytes()
         step()
-        after = _resident()
+        after = resident_bytes()
         memory = None if resident is None or after is None else max(0, after[1] - resident[0])
     seconds = _median_seconds(step, case.device, repeats)
     return Cost(case.kind, case.N, case.L, case.H, seconds, memory)

@@ -20,6 +20,7 @@ import typer
 from genssm.terminal import harmless, note, write_nowhere
 
 if TYPE_CHECKING:
+    from genssm.checkpoint import Checkpoint
     from genssm.engine import Reading
     from genssm.files import Output
     from genssm.pipeline import Pipeline
@@ -534,18 +535,20 @@ def train(
     """
     import torch
 
+    from genssm import checkpoint
     from genssm.distributed import rank
     from genssm.train import train as run
     from genssm.training_report import reporter
 
     if out == Path():
         raise UsageError("--out needs a folder of its own, such as runs/NAME")
-    chosen = _recipe(recipe, settings or [], out if resume else None, start)
+    begun = None if start is None else checkpoint.load(start)
+    chosen = _recipe(recipe, settings or [], out if resume else None, begun)
     torch.set_flush_denormal(True)
     leads = rank() == 0
     with reporter(recipe, chosen.modality, quiet or not leads) as report:
         target = run(
-            chosen, data, out, minutes=minutes, resume=resume, start=start, sheet_minutes=sheets,
+            chosen, data, out, minutes=minutes, resume=resume, start=begun, sheet_minutes=sheets,
             tensorboard=tensorboard, report=report,
         )  # fmt: skip
     if leads:
@@ -553,13 +556,13 @@ def train(
 
 
 def _recipe(
-    name: str, settings: list[str], resumed: Path | None = None, start: str | None = None
+    name: str, settings: list[str], resumed: Path | None = None, start: Checkpoint | None = None
 ) -> Recipe:
     """The recipe of a name, or what the training in ``resumed`` made of it, with the settings.
 
     A model to ``start`` from gives the shape that is not set.
     """
-    from genssm import checkpoint, training_state
+    from genssm import training_state
     from genssm.recipes import RECIPES, parse_settings
 
     if name not in RECIPES:
@@ -571,10 +574,9 @@ def _recipe(
         if owners and name not in owners:
             raise UsageError(f"the training in {str(resumed)!r} is of {owners[0]}, not of {name}")
         begun = kept if kept.modality == begun.modality else begun
-    begin = None if start is None else checkpoint.load(start)
     try:
-        if begin is not None and begin.codec.modality == begun.modality:
-            begun = begun.shaped_as(begin.model.config)
+        if start is not None and start.codec.modality == begun.modality:
+            begun = begun.shaped_as(start.model.config)
         return begun.changed(parse_settings(settings))
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

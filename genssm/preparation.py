@@ -265,15 +265,14 @@ def load_weights(start: Checkpoint, model: SequenceModel, codec: Codec) -> None:
         if start.model.config.head == model.config.head == "softmax":
             for name in ("head.linear.weight", "head.linear.bias"):
                 weights[name] = weights[name][ids[: codec.n_outputs]]
-    if {k: t.shape for k, t in weights.items()} != {k: t.shape for k, t in own.items()}:
-        shapes = {k: [tuple(w[k].shape) if k in w else None for w in (weights, own)] for k in
-                  weights.keys() | own.keys()}  # fmt: skip
-        name = min(k for k, (before, now) in shapes.items() if before != now)
-        before, now = shapes[name]
-        raise ValueError(
-            f"the model to start from has another shape than the recipe's, first {name}: {before} "
-            f"and {now}; blocks, taps, recall and labels may be added, nothing else may differ"
-        )
+    for name in sorted(weights.keys() | own.keys()):
+        before, now = (tuple(w[name].shape) if name in w else None for w in (weights, own))
+        if before != now:
+            raise ValueError(
+                f"the model to start from has another shape than the recipe's, first {name}: "
+                f"{before} and {now}; blocks, taps, recall and labels may be added, nothing else "
+                "may differ"
+            )
     _check_meaning(start.model.config, model.config)
     model.load_state_dict(weights)
     for name, layer in model.named_modules():

@@ -46,7 +46,7 @@ def train(
     *,
     minutes: float | None = None,
     resume: bool = False,
-    start: str | None = None,
+    start: checkpoints.Checkpoint | str | None = None,
     save_minutes: float = 5.0,
     validate_minutes: float = 10.0,
     sheet_minutes: float | None = None,
@@ -57,7 +57,7 @@ def train(
 
     The budget is ``minutes`` of training, or ``recipe.train.steps``. ``out`` receives the state
     from which ``resume`` goes on exactly (``state.safetensors``), ``log.csv``, ``checkpoint/`` and,
-    every ``sheet_minutes``, ``samples/``. ``start`` names a checkpoint to begin with (its
+    every ``sheet_minutes``, ``samples/``. ``start`` is or names a checkpoint to begin with (its
     tokenizer included), whose parts the recipe has all; others are added. SIGTERM and Ctrl-C save
     before they end the training. Under ``torchrun`` all its processes train one model.
 
@@ -141,7 +141,7 @@ def _loop(
 
 
 def _begin(
-    recipe: Recipe, out: Path, resume: bool, start: str | None
+    recipe: Recipe, out: Path, resume: bool, start: checkpoints.Checkpoint | str | None
 ) -> checkpoints.Checkpoint | None:
     """Check that ``out`` fits the intention and load the checkpoint to start from, if any."""
     begun = _holds_training(out, resume)
@@ -156,7 +156,7 @@ def _begin(
     checkpoints.check_replaceable(out / _CHECKPOINT)
     if resume:  # before anything in ``out``, such as the tokenizer, is made anew
         training_state.check(out, recipe)
-    return None if start is None else checkpoints.load(start)
+    return checkpoints.load(start) if isinstance(start, str) else start
 
 
 def _holds_training(out: Path, resume: bool) -> bool:

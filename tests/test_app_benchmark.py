@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("gradio", reason="the page needs the extra [app]")
 
 from genssm import app_benchmark
-from genssm.app_benchmark import BUSY, Errand, benchmark_app, percentile, resident_bytes
+from genssm.app_benchmark import BUSY, Errand, benchmark_app, percentile
+from genssm.benchmark import resident_bytes
 from genssm.cli import main
 
 

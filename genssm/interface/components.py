@@ -58,16 +58,13 @@ def seed_row(elem_id: str) -> tuple[gr.Number, gr.Button]:
         return seed_box(elem_id), gr.Button("Use last seed", size="sm", min_width=100)
 
 
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 # Of what a visitor begins: a second click is a second request, which ends the first; see ``alone``.
 ON_PAGE: dict[str, Any] = {
-    "show_progress": "hidden",
+    **PRIVATE,
     "concurrency_limit": None,
     "trigger_mode": "multiple",
-    "api_visibility": "private",
 }
-
-
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class Made(Protocol):

@@ -137,7 +137,7 @@ class CapturedModel:
     """
 
     engine = "cuda"
-    divides = False  # a batch is stepped as a whole
+    paces = None  # a batch is stepped as a whole, by the thread that replays
 
     def __init__(self, model: RecurrentModel, weights: str, device: torch.device) -> None:
         if model.norm.weight.dtype != torch.float32:
@@ -183,10 +183,11 @@ class CapturedModel:
         """The logits of the next token, (B, V); a copy."""
         return memory.tensors[1].to("cpu", copy=True)
 
-    def rows(self, memory: Memory, index: list[int]) -> Memory:
-        """A memory of the batch rows ``index``."""
+    def rows(self, memories: Sequence[Memory], index: Sequence[int]) -> Memory:
+        """A memory of the rows ``index`` of all memories one behind the other."""
         rows = torch.tensor(index, device=self.device)
-        return Memory(memory.position, [tensor[rows] for tensor in memory.tensors])
+        every = zip(*(m.tensors for m in memories), strict=True)
+        return Memory(memories[0].position, [torch.cat(tensors)[rows] for tensors in every])
 
     @property
     def largest_batch(self) -> int:
@@ -195,10 +196,6 @@ class CapturedModel:
         while rows < most and 2 * rows * self.model.state_bytes() <= STATES:
             rows *= 2
         return rows
-
-    def threads(self, rows: int) -> int:
-        """Threads that step a batch: the one that replays."""
-        return 1
 
     def generate(self, draws: Draws[Memory]) -> tuple[Array, Array]:
         """Draw and read n tokens a sample: tokens (S, n) and their bits (S, n)."""

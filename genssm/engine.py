@@ -7,8 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
@@ -20,19 +19,17 @@ from torch import Tensor
 from genssm.cuda import CapturedModel
 from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, State, map_nested
+from genssm.pace import Way, ways
 from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
 from genssm.stepper import CompiledModel, Stepper
 from genssm.stepping import Draws
-from genssm.threads import allowed_threads, one_thread, torch_threads
+from genssm.threads import allowed_threads, in_threads, one_thread, torch_threads
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
 BLOCK = 32  # tokens of a sample that the compiled loop draws at once, after 1, 2, 4, …
-GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
-TRIAL = 128  # tokens that are timed to choose the groups and the number of threads
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Drawn(NamedTuple):
@@ -168,8 +165,8 @@ class CompiledGeneration:
     """``Generation`` by the compiled loop or CUDA graphs: with float32 weights, the same tokens.
 
     Blocks of tokens are drawn ahead of what ``step`` hands out. Samples that finish leave at the
-    next block. The compiled loop may step samples in groups, whose states stay in the caches for a
-    block, and by several threads; no sample depends on its company, to the last bit.
+    next block. The compiled loop steps samples by several threads and in parts, where that turns
+    out to be faster (``Pace``); no sample depends on its company, to the last bit.
     """
 
     def __init__(
@@ -201,7 +198,7 @@ class CompiledGeneration:
         memory = model.load(state.rows(rows), logits[rows])
         self._begun: Snapshot | None = None  # the state before the tokens of ``_ahead``
         self._drawing, self._lock = False, threading.Lock()  # whether the states are changing
-        self._parts, self._threads = self._shared_out(_Part(list(self.active), memory, seen))
+        self._parts, self._threads = [_Part(list(self.active), memory, seen)], 1
         self._position, self._size = len(start.tokens), 1
         self._ahead: list[list[Drawn]] = []  # steps drawn and not yet handed out, the last first
         self._error: NotFiniteError | None = None
@@ -213,10 +210,8 @@ class CompiledGeneration:
 
     @property
     def threads(self) -> int:
-        """Threads that step at once: groups of samples, or shares of one group's vectors."""
-        if len(self._parts) > 1:
-            return self._threads
-        return min(self.model.threads(self.rows), allowed_threads())
+        """Threads that drew the last block."""
+        return self._threads
 
     @property
     def place(self) -> tuple[int, int]:
@@ -245,8 +240,28 @@ class CompiledGeneration:
             raise self._error
         return self._ahead.pop()
 
-    def _draws(self, size: int) -> list[Draws]:
-        """What decides the next block, part by part. Until ``_take`` the states are changing."""
+    def _draw(self, most: int) -> None:
+        """The next block, by at most so many threads."""
+        samples, size, way, pace = len(self.active), self.place[1], Way.WHOLE, None
+        if self.model.paces is not None:
+            pace = self.model.paces[samples.bit_length(), self.rows // samples, most]
+            way = pace.choose(ways(samples, most), size)
+        self._threads = way.threads(samples, most)
+        draws = self._draws(size, way.parts(samples, most))
+        started = time.perf_counter()
+        if way.divides:
+            blocks = in_threads(self.model.generate, draws, self._threads)
+        else:
+            blocks = self.model.generate_together(draws, self._threads)
+        if pace is not None:
+            pace.took(way, size, time.perf_counter() - started)
+        self._take(blocks)
+
+    def _draws(self, size: int, parts: int | None = None) -> list[Draws]:
+        """What decides the next block, part by part, of as many as there were, if None.
+
+        Until ``_take`` the states are changing.
+        """
         with self._lock:
             if self._drawing:
                 raise RuntimeError(
@@ -254,9 +269,7 @@ class CompiledGeneration:
                     "what was handed out: pipe.start(state=session.reading())"
                 )
             self._drawing = True
-        active = set(self.active)
-        parts = [self._rows(part, active.intersection(part.held)) for part in self._parts]
-        self._parts = [part for part in parts if part.held]
+        self._parts = self._shared_out(parts or len(self._parts))
         if self._snapshots:
             self._begun = self._joined(self._parts)
         return [
@@ -315,86 +328,47 @@ class CompiledGeneration:
         held = tuple(sample for part in parts for sample in part.held)
         return Snapshot(held, torch.cat(logits), functools.reduce(_beside, states))
 
-    def _rows(self, part: _Part, samples: set[int]) -> _Part:
-        if len(samples) == len(part.held):
-            return part
-        rows = [row for row, sample in enumerate(part.held) if sample in samples]
-        held = [part.held[row] for row in rows]
-        every = [row + i for i in range(0, part.memory.batch, len(part.held)) for row in rows]
-        return _Part(held, self.model.rows(part.memory, every), part.seen[rows])
+    def _shared_out(self, count: int) -> list[_Part]:
+        """The active samples in so many parts: those there are, unless some have lost too many."""
+        active, count = set(self.active), min(count, len(self.active))
+        held = [[sample for sample in part.held if sample in active] for part in self._parts]
+        most = max(-(-len(active) // count), 1.25 * len(active) / count)
+        if len(held) != count or not all(held) or max(map(len, held)) > most:
+            held = [part.tolist() for part in np.array_split(self.active, count)]
+        return [self._part(samples) for samples in held]
 
-    def _shared_out(self, whole: _Part) -> tuple[list[_Part], int]:
-        """The samples in groups, and how many threads step these: what a short trial likes best.
-
-        At most as many threads as torch may use (OMP_NUM_THREADS), and more than one only where
-        they gain a fifth.
-        """
-        count = len(whole.held)
-        if not self.model.divides:
-            return [whole], 1
-        most = min(allowed_threads(), count)
-        options = {
-            (threads, min(size, -(-count // threads)))
-            for threads in (1, most)
-            for size in (GROUP, count)
-        }
-        parts = {
-            size: [self._rows(whole, set(whole.held[i : i + size])) for i in range(0, count, size)]
-            for _, size in options
-        }
-        if len(options) == 1:
-            return [whole], 1
-        self._trial([whole], 1)  # loads the compiled code
-        seconds = {
-            (threads, size): self._trial(parts[size], threads) * (1 if threads == 1 else 1.25)
-            for threads, size in sorted(options)
-        }
-        threads, size = min(seconds, key=lambda option: seconds[option])
-        return parts[size], threads
-
-    def _trial(self, parts: list[_Part], threads: int) -> float:
-        """Seconds that some steps take, on copies."""
-        steps = max(8, TRIAL // len(self.active))
-        copies = [
-            _Part(p.held, self.model.rows(p.memory, list(range(p.memory.batch))), p.seen.copy())
-            for p in parts
-        ]
-
-        def draw_part(part: _Part) -> None:
-            uniforms = np.full((len(part.held), steps), 0.5)
-            draws = Draws(part.memory, uniforms, self.config, part.seen, self.guidance)
-            self.model.generate(draws)
-
-        started = time.perf_counter()
-        in_threads(draw_part, copies, threads)
-        return time.perf_counter() - started
+    def _part(self, held: list[int]) -> _Part:
+        """These samples as one part, taken from those that hold them."""
+        wanted = set(held)
+        parts = [part for part in self._parts if not wanted.isdisjoint(part.held)]
+        if len(parts) == 1 and parts[0].held == held:
+            return parts[0]
+        places, begin = {}, 0  # where the rows of a sample are, its own and that of its guide
+        for part in parts:
+            for row, sample in enumerate(part.held):
+                places[sample] = range(begin + row, begin + part.memory.batch, len(part.held))
+            begin += part.memory.batch
+        streams = zip(*(places[sample] for sample in held), strict=True)
+        rows = [row for stream in streams for row in stream]
+        seen = {s: row for part in parts for s, row in zip(part.held, part.seen, strict=True)}
+        memory = self.model.rows([part.memory for part in parts], rows)
+        return _Part(held, memory, np.stack([seen[sample] for sample in held]))
 
 
 def draw_ahead(generations: Sequence[CompiledGeneration], threads: int | None = None) -> None:
     """Draw the next block of each; several of one model and one ``place`` are one batch.
 
-    What they draw does not depend on their company, to the last bit. At most so many ``threads``
-    step one batch; as many as torch may use if None.
+    What they draw does not depend on their company, to the last bit. One that is alone may use so
+    many ``threads``; as many as torch may if None.
     """
-    most = allowed_threads() if threads is None else threads
     first = generations[0]
+    if len(generations) == 1:
+        first._draw(allowed_threads() if threads is None else threads)
+        return
     draws = [generation._draws(first.place[1]) for generation in generations]
-    if len(draws) == 1 and len(draws[0]) > 1:
-        blocks = [in_threads(first.model.generate, draws[0], min(first.threads, most))]
-    else:
-        every = [d for each in draws for d in each]
-        together = iter(first.model.generate_together(every, most))
-        blocks = [[next(together) for _ in each] for each in draws]
-    for generation, block in zip(generations, blocks, strict=True):
-        generation._take(block)
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """``function`` of every item, so many at a time."""
-    if threads == 1:
-        return list(map(function, items))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
+    together = iter(first.model.generate_together([d for each in draws for d in each]))
+    for generation, each in zip(generations, draws, strict=True):
+        generation._take([next(together) for _ in each])
 
 
 def begin(

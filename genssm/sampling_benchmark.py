@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genssm.benchmark import REFERENCE, machine
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Reading, begin, in_threads, read
+from genssm.engine import CompiledGeneration, Reading, begin, read
 from genssm.model import (
     Linear,
     ModelConfig,
@@ -37,7 +37,7 @@ from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import CompiledModel
 from genssm.stepping import EXACT
-from genssm.threads import torch_threads
+from genssm.threads import in_threads, torch_threads
 
 VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8"))  # engine, weights
 BYTES = {EXACT: 4, "bf16": 2, "int8": 1}  # of one weight of a linear map

@@ -11,7 +11,8 @@ from typing import Unpack
 
 from genssm.codec import Raw
 from genssm.cuda import CapturedModel
-from genssm.engine import GROUP, CompiledGeneration, Reading, draw_ahead
+from genssm.engine import CompiledGeneration, Reading, draw_ahead
+from genssm.pace import GROUP
 from genssm.pipeline import LARGEST_BATCH, Pipeline
 from genssm.request import Plan, Request, Settings
 from genssm.session import Sample, Session

@@ -11,13 +11,12 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -41,9 +40,11 @@ from genssm.model import (
     Softmax,
     State,
 )
+from genssm.pace import Pace
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import SamplingConfig
 from genssm.stepping import EXACT, Draws, UnsupportedError
+from genssm.threads import pool
 
 ENGINES = ("auto", "eager", "cpu", "cuda")
 WEIGHTS = ("bf16", EXACT, "int8")  # the default first
@@ -572,7 +573,6 @@ class CompiledModel:
     """
 
     engine = "cpu"
-    divides = True  # a batch into groups of rows, if that is faster
 
     def __init__(self, model: RecurrentModel, weights: str = WEIGHTS[0]) -> None:
         if model.norm.weight.device.type != "cpu" or model.norm.weight.dtype != torch.float32:
@@ -584,7 +584,8 @@ class CompiledModel:
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
         self._abreast = self._simd.panels_abreast()
-        self._paces: dict[int, Pace] = {}  # by rows of a batch
+        # How batches are stepped fastest, by about how many samples, streams and threads.
+        self.paces: defaultdict[tuple[int, int, int], Pace] = defaultdict(Pace)
         self._thread = threading.local()  # room of each thread that steps
         int8 = {f"int8-{bits}": kind for bits, kind in self._simd.int8_kinds().items()}
         # The weights by the name that recipes have: see ``INT8``.
@@ -664,13 +665,19 @@ class CompiledModel:
         rows = region(memory, self._logits, self._width)
         return torch.from_numpy(rows[:, : self.config.n_outputs].copy())
 
-    def rows(self, memory: Memory, index: list[int]) -> Memory:
-        """A memory of the batch rows ``index``, to the last bit."""
+    def rows(self, memories: Sequence[Memory], index: Sequence[int]) -> Memory:
+        """A memory of the rows ``index`` of all memories one behind the other, to the last bit."""
+        positions = np.concatenate([m.positions for m in memories])[index]
+        history = np.concatenate([m.history for m in memories])[index]
         work = zeros(self._size * len(index), np.float32)
-        positions, history = memory.positions[index], memory.history[index]
         result = Memory(positions, history, work, Room(self._width, self._simd.TEAM))
-        for offset, width in self._kept:
-            region(result, offset, width)[:] = region(memory, offset, width)[index]
+        rows, begin = np.asarray(index), 0
+        for memory in memories:
+            places = np.flatnonzero((begin <= rows) & (rows < begin + memory.batch))
+            for offset, width in self._kept if len(places) else ():
+                values = region(memory, offset, width)[rows[places] - begin]
+                region(result, offset, width)[places] = values
+            begin += memory.batch
         return result
 
     @contextmanager
@@ -740,15 +747,15 @@ class CompiledModel:
     ) -> list[tuple[Array, Array]]:
         """``generate`` for several, as one batch, to the same last bit.
 
-        Their n must be equal, and their positions modulo the model's period. So many ``threads``
-        may share the columns of every vector, if that turns out to be faster: see ``Pace``.
+        Their n must be equal, and their positions modulo the model's period. So many ``threads``,
+        at most ``simd.TEAM``, share the columns of every vector, unless others do so just now.
         """
         if any(len(d.uniforms) != len(d.seen) for d in draws):
             raise ValueError("draws need as many rows of uniforms as of seen tokens")
         seen = draws[0].seen if len(draws) == 1 else np.concatenate([d.seen for d in draws])
         tokens = np.zeros((len(seen), draws[0].uniforms.shape[1]), np.int64)
         with self._joined([d.memory for d in draws]) as memory:
-            bits = self._at_best_pace(memory, draws, tokens, seen, threads)
+            bits = self._by_team(memory, draws, tokens, seen, threads)
         result, end = [], 0
         for d in draws:
             part = slice(end, end := end + len(d.seen))
@@ -756,23 +763,14 @@ class CompiledModel:
             result.append((tokens[part], bits[part]))
         return result
 
-    def threads(self, rows: int) -> int:
-        """Threads that step a batch of so many rows together, as far as is known."""
-        return self._paces[rows].threads if rows in self._paces else 1
-
-    def _at_best_pace(
+    def _by_team(
         self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, seen: Array, most: int
     ) -> Array:
-        most = min(most, self._simd.TEAM)
-        forming = _Team.forming
-        if most == 1 or not forming.acquire(blocking=False):
+        threads, forming = min(most, self._simd.TEAM), _Team.forming
+        if threads == 1 or not forming.acquire(blocking=False):
             return self._run(memory, draws, tokens, seen=seen)
         try:
-            pace, steps = self._paces.setdefault(memory.batch, Pace()), tokens.shape[1]
-            threads, started = pace.choose(most, steps), time.perf_counter()
-            bits = self._run(memory, draws, tokens, seen=seen, threads=threads)
-            pace.took(threads, steps, time.perf_counter() - started)
-            return bits
+            return self._run(memory, draws, tokens, seen=seen, threads=threads)
         finally:
             forming.release()
 
@@ -820,62 +818,15 @@ class CompiledModel:
 Stepper = RecurrentModel | CompiledModel | CapturedModel
 
 
-class Pace:
-    """How many threads step a batch fastest, one or a team, by the clock of the blocks drawn.
-
-    Both draw the same tokens, so that a trial costs no more than the time of the slower. A team
-    that loses is tried again, soon at first, for a busy moment may have decided it, then after
-    twice as many steps each time.
-    """
-
-    SHORT = 16  # steps for which a team is not called together
-    STEADY = 512  # steps of a team to the next trial of one thread
-    SOON, LONGEST = 128, 2**17  # steps of one thread to the next trial of a team
-
-    def __init__(self) -> None:
-        self.threads = 1
-        self._seconds: dict[bool, float] = {}  # of a step: by a team?
-        self._left, self._patience = 0, self.SOON
-
-    def choose(self, most: int, steps: int) -> int:
-        """Threads for the next block of so many steps, 1 or ``most``."""
-        if steps < self.SHORT or False not in self._seconds:
-            return 1
-        if self._left <= 0:
-            return most if self.threads == 1 else 1
-        return min(self.threads, most)
-
-    def took(self, threads: int, steps: int, seconds: float) -> None:
-        """What ``choose`` said, and what came of it."""
-        if steps < self.SHORT:
-            return
-        self._seconds[threads > 1] = seconds / steps
-        self._left -= steps
-        if (threads > 1) == (self.threads > 1):  # no trial
-            return
-        if self._seconds[True] < 0.9 * self._seconds[False]:
-            self.threads, self._left = max(self.threads, threads), self.STEADY
-            self._patience = self.SOON
-        else:
-            self.threads, self._left = 1, self._patience
-            self._patience = min(2 * self._patience, self.LONGEST)
-
-
 class _Team:
     """Threads that step one batch: one team at a time, so that none waits for another's members."""
 
     forming = threading.Lock()
 
 
-@cache
-def _helpers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="genssm team")
-
-
 def _after_fork() -> None:
-    """A child has none of the threads of its parent."""
+    """No team of the parent is under way in its child."""
     _Team.forming = threading.Lock()
-    _helpers.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -886,7 +837,8 @@ def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
     """``run`` of every member at once, the first in this thread; needs ``_Team.forming``."""
     others: list[Future[None]] = []
     try:
-        others += [_helpers(threads - 1).submit(run, member) for member in range(1, threads)]
+        helpers = pool("team", threads - 1)
+        others += [helpers.submit(run, member) for member in range(1, threads)]
         run(0)
     except BaseException:
         gate[8] = 1  # an interruption, before all could meet

@@ -20,7 +20,6 @@ from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 import genssm
-from genssm import engine
 from genssm.conversion import to_recurrent
 from genssm.engine import (
     CompiledGeneration,
@@ -28,16 +27,15 @@ from genssm.engine import (
     Generation,
     begin,
     draw_ahead,
-    in_threads,
     read,
 )
 from genssm.model import RecurrentModel, SequenceModel, State
+from genssm.pace import Pace, Way
 from genssm.sampling import RandomStream, SamplingConfig, guided, probabilities
 from genssm.stepper import (
     SCORED,
     CompiledModel,
     Draws,
-    Pace,
     UnsupportedError,
     _as_team,
     check_choice,
@@ -261,14 +259,13 @@ def test_a_row_does_not_depend_on_its_company(
 @pytest.mark.parametrize("weights", TOLERANCE)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_team_of_threads_changes_no_bit(
-    make_model: MakeModel, operation: str, weights: str, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, operation: str, weights: str
 ) -> None:
     """Widths of one panel, which only one thread has, to several; guided and in company."""
     kind, layer = OPERATIONS[operation]
     widths = (40, 72, 136)[: 1 if kind == "isotropic" else 3]
     compiled = CompiledModel(to_recurrent(make_model(kind, layer, d_model=widths)), weights)
     _, state, _ = start(compiled.model, 3)
-    monkeypatch.setattr(Pace, "choose", lambda _, most, steps: most)
 
     def together(threads: int) -> tuple[list[np.ndarray], list[Tensor]]:
         memories = [compiled.load(state.rows(torch.tensor(rows))) for rows in ([0], [1, 2])]
@@ -307,37 +304,6 @@ def test_a_team_that_is_called_off_ends(make_model: MakeModel) -> None:
     with pytest.raises(KeyboardInterrupt):
         _as_team(run, 2, gate)
     assert gate[3] == 0
-
-
-def test_a_team_steps_while_it_is_faster() -> None:
-    pace = Pace()
-
-    def block(seconds: dict[int, float]) -> int:
-        threads = pace.choose(2, 32)
-        pace.took(threads, 32, seconds[threads])
-        return threads
-
-    fast, slow = {1: 1.0, 2: 0.6}, {1: 1.0, 2: 3.0}
-    assert pace.choose(2, 8) == 1  # too short
-    assert [block(fast) for _ in range(4)] == [1, 2, 2, 2]
-    assert [block(fast) for _ in range(64)].count(1) == 3  # now and then alone, to compare
-    assert sum(block(slow) == 2 for _ in range(100)) <= 20  # until the next comparison
-    assert pace.threads == 1
-    assert sum(block(slow) == 2 for _ in range(1000)) <= 6
-    assert pace.choose(1, 32) == 1
-
-
-def test_a_team_that_a_busy_moment_slowed_is_soon_tried_again() -> None:
-    pace = Pace()
-    for threads, seconds in ((1, 1.0), (2, 1.5)):
-        assert pace.choose(2, 32) == threads
-        pace.took(threads, 32, seconds)
-    for _ in range(4):
-        assert pace.choose(2, 32) == 1
-        pace.took(1, 32, 1.0)
-    assert pace.choose(2, 32) == 2
-    pace.took(2, 32, 0.6)
-    assert pace.choose(2, 32) == 2
 
 
 @pytest.mark.parametrize("config", SETTINGS)
@@ -492,22 +458,41 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
     assert scipy.stats.chisquare(counts[p > 0], p[p > 0] * len(tokens)).pvalue > 1e-3
 
 
+def in_turns(monkeypatch: pytest.MonkeyPatch, *turns: Way) -> list[int]:
+    """Have blocks drawn in these ways by turns, in groups of two, and take down their steps."""
+    monkeypatch.setattr("genssm.pace.GROUP", 2)
+    steps: list[int] = []
+
+    def choose(_: Pace, options: list[Way], size: int) -> Way:
+        steps.append(size)
+        return turns[(len(steps) - 1) % len(turns)]
+
+    monkeypatch.setattr(Pace, "choose", choose)
+    return steps
+
+
+TURNS = {
+    "whole": (1, [Way.WHOLE], [1]),
+    "groups by one thread": (1, [Way.GROUPS], [3]),
+    "columns": (2, [Way.COLUMNS], [1]),
+    "shares": (2, [Way.SHARES], [2]),
+    "groups": (2, [Way.GROUPS], [4]),
+    "many threads": (3, [Way.SHARES], [3]),
+    "by turns": (2, [Way.SHARES, Way.WHOLE, Way.GROUPS, Way.COLUMNS], [2, 1, 4, 1]),
+}
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", TURNS)
 def test_samples_do_not_depend_on_their_company(
     make_model: MakeModel,
     assert_near: AssertNear,
     monkeypatch: pytest.MonkeyPatch,
-    threads: int,
+    case: str,
     guidance: float,
 ) -> None:
     """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    monkeypatch.setattr(engine, "GROUP", 2)  # and whatever the clock says, it is the fastest
-    monkeypatch.setattr(
-        CompiledGeneration, "_trial", lambda _, parts, threads: 1 / len(parts) / threads
-    )
+    threads, turns, parts = TURNS[case]
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     config = SamplingConfig(repetition_penalty=1.3)
     guide = read(compiled, torch.tensor([21, 3, 1, 4])) if guidance != 1 else None
@@ -518,51 +503,92 @@ def test_samples_do_not_depend_on_their_company(
             guide=guide, guidance=guidance, snapshots=True,
         )  # fmt: skip
 
-    generation = sampled(0, 5)
-    assert (generation.threads, len(generation._parts)) == (threads, 3)
-    together = drawn(generation, 50)
-    assert len(set(map(tuple, tokens_of(together)))) == 5
-    for i in range(5):
-        alone = drawn(sampled(i, i + 1), 50)[0]
-        assert [(d.token, d.bits) for d in alone] == [(d.token, d.bits) for d in together[i]]
-    generation = sampled(0, 5)
-    first = drawn(generation, 9)
-    generation.finish({1, 3})
-    rest = drawn(generation, 41)
-    assert generation.active == [0, 2, 4]
-    assert [first[i] + after for i, after in zip((0, 2, 4), rest, strict=True)] == together[::2]
-    snapshot = generation.snapshot()
-    assert snapshot.samples == (0, 2, 4)
-    begun = [*PROMPT.tolist(), *(d.token for d in together[2])]
-    expected = read(compiled, torch.tensor(begun[: int(snapshot.state.position)]))
-    assert_near(snapshot.reading(2, torch.tensor(begun)).logits, expected.logits, 5e-2)
-    generation.finish({0, 2, 4})
-    assert generation.step() == []
+    with torch_threads(1):
+        expected = [drawn(sampled(i, i + 1), 50)[0] for i in range(5)]
+    assert len(set(map(tuple, tokens_of(expected)))) == 5
+    in_turns(monkeypatch, *turns)
+    with torch_threads(threads):
+        generation, seen = sampled(0, 5), []
+        together: list[list[Drawn]] = [[] for _ in range(5)]
+        for _ in range(50):
+            for drawn_now in generation.step():
+                together[drawn_now.sample].append(drawn_now)
+            seen.append(len(generation._parts))
+        assert [n for i, n in enumerate(seen) if i == 0 or n != seen[i - 1]][: len(parts)] == parts
+        for sample, alone in zip(together, expected, strict=True):
+            assert [(d.token, d.bits) for d in sample] == [(d.token, d.bits) for d in alone]
+        generation = sampled(0, 5)
+        first = drawn(generation, 9)
+        generation.finish({1, 3})
+        rest = drawn(generation, 41)
+        assert generation.active == [0, 2, 4]
+        assert [first[i] + after for i, after in zip((0, 2, 4), rest, strict=True)] == together[::2]
+        snapshot = generation.snapshot()
+        assert snapshot.samples == (0, 2, 4)
+        begun = [*PROMPT.tolist(), *(d.token for d in together[2])]
+        exact = read(compiled, torch.tensor(begun[: int(snapshot.state.position)]))
+        assert_near(snapshot.reading(2, torch.tensor(begun)).logits, exact.logits, 5e-2)
+        generation.finish({0, 2, 4})
+        assert generation.step() == []
 
 
-def test_groups_are_stepped_by_no_more_threads_than_are_allowed(
+def test_parts_that_have_lost_samples_are_shared_out_anew(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as were fastest alone, where others draw beside them."""
-    monkeypatch.setattr(engine, "GROUP", 2)
-    trial = lambda _, parts, threads: 1 / len(parts) / threads  # noqa: E731
-    monkeypatch.setattr(CompiledGeneration, "_trial", trial)
-    compiled, used = CompiledModel(to_recurrent(make_model("pooled"))), []
+    """One that few have left stays where it is; many would leave a thread idle."""
+    in_turns(monkeypatch, Way.SHARES)
+    compiled = CompiledModel(to_recurrent(make_model("pooled")))
+    with torch_threads(2):
+        generation = begin(
+            compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=range(10)
+        )
+        assert isinstance(generation, CompiledGeneration)
+
+        def held(*leaving: int) -> list[list[int]]:
+            generation.finish(set(leaving))
+            generation.step()
+            while generation.ahead:
+                generation.step()
+            return [part.held for part in generation._parts]
+
+        assert held() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+        assert held(7) == [[0, 1, 2, 3, 4], [5, 6, 8, 9]]
+        assert held(6, 9) == [[0, 1, 2, 3], [4, 5, 8]]
+        assert held(0, 1, 2, 3) == [[4, 5], [8]]
+        assert held(4, 8) == [[5]]
+
+
+def test_a_generation_is_stepped_by_no_more_threads_than_are_allowed(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others draw beside it, by one."""
+    in_turns(monkeypatch, Way.SHARES)
+    compiled = CompiledModel(to_recurrent(make_model("pooled")))
     with torch_threads(2):
         generation = begin(
             compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=range(5)
         )
         assert isinstance(generation, CompiledGeneration)
-        assert generation.threads == 2
-
-        def counted(function: Any, items: Any, threads: int) -> list[Any]:
-            used.append(threads)
-            return in_threads(function, items, threads)
-
-        monkeypatch.setattr(engine, "in_threads", counted)
         draw_ahead([generation], 1)
+        assert (generation.threads, len(generation._parts)) == (1, 1)
         drawn(generation, generation.ahead + 1)
-    assert used == [1, 2]
+        assert (generation.threads, len(generation._parts)) == (2, 2)
+
+
+def test_blocks_are_timed(make_model: MakeModel) -> None:
+    """What the choice is made by: the blocks drawn, by the number of samples and of threads."""
+    compiled = CompiledModel(to_recurrent(make_model("isotropic")))
+    with torch_threads(2):
+        for count in (1, 3):
+            generation = begin(
+                compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=range(count)
+            )
+            drawn(generation, 1 + 2 + 4 + 8 + 16 + 6 * 32)
+    one, three = compiled.paces[1, 1, 2], compiled.paces[2, 1, 2]
+    assert set(compiled.paces) == {(1, 1, 2), (2, 1, 2)}
+    for pace in (one, three):
+        assert pace.way is not None
+        assert 0 < pace._usual < 1  # seconds of a step
 
 
 @pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])

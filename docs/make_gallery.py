@@ -14,9 +14,9 @@ from torch import Tensor
 
 import genssm
 from genssm import hippo
+from genssm.blocks import Block
 from genssm.conversion import certify
 from genssm.layers import TrainedLayer
-from genssm.model import Block
 from genssm.pipeline import Pipeline
 
 STEPS, WINDOW = 2000, 1000  # steps of the signal, and of the window of LegT and Fourier

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from genssm.checkpoint import Checkpoint, CheckpointError
+    from genssm.config import ModelConfig
     from genssm.conversion import to_recurrent
     from genssm.files import read_recipe, write_samples
     from genssm.layers import LSSL, S4, S4D
-    from genssm.model import ModelConfig, SequenceModel
+    from genssm.model import SequenceModel
     from genssm.pipeline import Pipeline, load
     from genssm.provenance import RecipeError
     from genssm.session import Sample, Session
@@ -46,7 +47,7 @@ _HOMES = {
     "S4D": "genssm.layers",
     "Checkpoint": "genssm.checkpoint",
     "CheckpointError": "genssm.checkpoint",
-    "ModelConfig": "genssm.model",
+    "ModelConfig": "genssm.config",
     "SequenceModel": "genssm.model",
     "to_recurrent": "genssm.conversion",
     "Pipeline": "genssm.pipeline",

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genssm.blocks import Block, Pool
 from genssm.codec import Image
 from genssm.conversion import certify
 from genssm.engine import Generation, Reading, begin, read
-from genssm.model import Block, Pool, SequenceModel
+from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline
 from genssm.sampling import SamplingConfig
 from genssm.sampling_benchmark import (

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from genssm import ssm
 from genssm.batches import Batch
+from genssm.blocks import Block
+from genssm.config import ModelConfig
 from genssm.conversion import to_recurrent
 from genssm.layers import LAYERS, S4, S4D, TrainedLayer, build_layer
-from genssm.model import Block, ModelConfig, SequenceModel
+from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, has_fast_bfloat16
 from genssm.update import Objective, train_step
 

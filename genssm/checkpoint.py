@@ -19,7 +19,8 @@ from torch import Tensor
 
 from genssm import disk
 from genssm.codec import Codec, Image, Text, codec_from_config
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 
 FILES = {"config.json", "model.safetensors", "tokenizer.model"}  # of a checkpoint
 FORMAT_VERSION = 1

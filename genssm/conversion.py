@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from genssm.blocks import Block, Pool, RecurrentBlock
 from genssm.layers import S4
-from genssm.model import Block, Pool, RecurrentBlock, RecurrentModel, SequenceModel
+from genssm.model import RecurrentModel, SequenceModel
 
 TOLERANCE = 1e-3  # largest difference in logits, of a model in float32
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genssm.model import Linear, RecurrentModel, State, map_nested
+from genssm.blocks import Linear, map_nested
+from genssm.model import RecurrentModel, State
 from genssm.sampling import draw, guided, penalize, renormalized
 from genssm.stepping import Draws, UnsupportedError
 

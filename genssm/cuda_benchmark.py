@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from genssm.benchmark import REFERENCE, machine
+from genssm.config import ModelConfig
 from genssm.cuda import WEIGHTS, CapturedModel
 from genssm.engine import begin
-from genssm.model import ModelConfig
 from genssm.sampling import SamplingConfig
 from genssm.sampling_benchmark import (
     BLOCK,

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genssm.blocks import map_nested
 from genssm.cuda import CapturedModel
 from genssm.finite import NotFiniteError
-from genssm.model import RecurrentModel, State, map_nested
+from genssm.model import RecurrentModel, State
 from genssm.pace import Way, ways
 from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
 from genssm.stepper import CompiledModel, Stepper

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from genssm.batches import Batch, ClipBatches, PictureBatches, TextBatches
+from genssm.blocks import Block
 from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Image, Text, codec_from_config
+from genssm.config import ModelConfig
 from genssm.data import Example, open_picture_array
 from genssm.disk import replace_file
 from genssm.layers import S4
-from genssm.model import Block, ModelConfig, SequenceModel
+from genssm.model import SequenceModel
 from genssm.recipes import Recipe
 from genssm.sources import Split, open_split
 from genssm.token_cache import fingerprint, open_tokens

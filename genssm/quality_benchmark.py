@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from genssm.batches import Batch
 from genssm.benchmark import machine
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate, scale_rates
 from genssm.preparation import Prepared, prepare
 from genssm.recipes import Recipe

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 import torch
 
 from genssm.codec import Codec, Image
+from genssm.config import ModelConfig
 from genssm.layers import build_layer
-from genssm.model import ModelConfig
 from genssm.optim import SCHEDULES
 from genssm.settings import check_types
 from genssm.sources import SC09

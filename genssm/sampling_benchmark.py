@@ -20,18 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from genssm.benchmark import REFERENCE, machine
+from genssm.blocks import Linear, PhasedLinear, RecurrentBlock, RecurrentPool, RecurrentStack
+from genssm.config import ModelConfig
 from genssm.conversion import to_recurrent
 from genssm.engine import CompiledGeneration, Reading, begin, read
-from genssm.model import (
-    Linear,
-    ModelConfig,
-    PhasedLinear,
-    RecurrentBlock,
-    RecurrentModel,
-    RecurrentPool,
-    RecurrentStack,
-    SequenceModel,
-)
+from genssm.model import RecurrentModel, SequenceModel
 from genssm.pipeline import load
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genssm.blocks import map_nested
 from genssm.disk import replace_file
 from genssm.engine import Reading
-from genssm.model import RecurrentModel, State, map_nested
+from genssm.model import RecurrentModel, State
 
 FORMAT_VERSION = 1
 

@@ -25,21 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from genssm import cuda
+from genssm.blocks import Linear, Mixer, PhasedLinear, RecurrentBlock, RecurrentPool, RecurrentStack
 from genssm.cuda import CapturedModel
 from genssm.distributed import default_device
-from genssm.model import (
-    PARTS,
-    Linear,
-    Logistics,
-    Mixer,
-    PhasedLinear,
-    RecurrentBlock,
-    RecurrentModel,
-    RecurrentPool,
-    RecurrentStack,
-    Softmax,
-    State,
-)
+from genssm.heads import Logistics, Softmax
+from genssm.inputs import PARTS
+from genssm.model import RecurrentModel, State
 from genssm.pace import Pace
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import SamplingConfig

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from genssm.batches import Batch
+from genssm.blocks import Block, Mixer
 from genssm.distributed import World
-from genssm.model import Block, Mixer, SequenceModel
+from genssm.model import SequenceModel
 from genssm.optim import has_fast_bfloat16
 
 _LN2 = math.log(2)

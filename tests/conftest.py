@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio, Codec, Image, Text
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 
 settings.register_profile(
     "offline", derandomize=True, database=None, deadline=None, max_examples=100

@@ -15,7 +15,8 @@ import torch
 from genssm import checkpoint as checkpoints
 from genssm.checkpoint import Checkpoint, CheckpointError
 from genssm.codec import Image
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 
 MakeCheckpoint = Callable[[str], Checkpoint]
 modalities = pytest.mark.parametrize("modality", ["text", "image", "audio"])

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from typer.testing import CliRunner
 
 from genssm import bulk, cuda, sampling
+from genssm.blocks import Linear
 from genssm.checkpoint import Checkpoint, save
 from genssm.cli import app
 from genssm.conversion import to_recurrent
@@ -32,7 +33,7 @@ from genssm.engine import (
     read,
 )
 from genssm.finite import NotFiniteError
-from genssm.model import Linear, RecurrentModel, SequenceModel, State
+from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.pipeline import Pipeline
 from genssm.provenance import RecipeError
 from genssm.request import Request

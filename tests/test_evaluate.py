@@ -17,7 +17,8 @@ from genssm.conversion import to_recurrent
 from genssm.data import Example
 from genssm.evaluate import Evaluation, evaluate, token_bits
 from genssm.finite import NotFiniteError
-from genssm.model import Logistics, SequenceModel, Softmax
+from genssm.heads import Logistics, Softmax
+from genssm.model import SequenceModel
 
 Near = Callable[[Tensor, Tensor, float], None]
 MakeModel = Callable[..., SequenceModel]

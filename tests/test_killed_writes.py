@@ -22,7 +22,8 @@ from genssm import checkpoint as checkpoints
 from genssm.checkpoint import Checkpoint
 from genssm.codec import Audio
 from genssm.distributed import World
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 from genssm.optim import build_optimizers
 from genssm.recipes import Recipe
 from genssm.training_state import TrainingState

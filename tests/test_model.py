@@ -10,20 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genssm.blocks import Linear
+from genssm.config import ModelConfig
 from genssm.conversion import to_recurrent
+from genssm.heads import Logistics, _LinearLogProb
+from genssm.inputs import PARTS, Inputs
 from genssm.layers import StateSpace
-from genssm.model import (
-    NOTHING,
-    PARTS,
-    Inputs,
-    Linear,
-    Logistics,
-    ModelConfig,
-    RecurrentModel,
-    SequenceModel,
-    State,
-    _LinearLogProb,
-)
+from genssm.model import RecurrentModel, SequenceModel, State
+from genssm.recall import NOTHING
 
 Near = Callable[[Tensor, Tensor, float], None]
 MakeModel = Callable[..., SequenceModel]
@@ -315,11 +309,7 @@ def test_taps_reach_the_highest_of_few_values(make_model: MakeModel):
 @pytest.mark.parametrize("log_scale", [-100.0, -4.5, 0.0, 3.0, 20.0, 100.0])
 @pytest.mark.parametrize("n_outputs", [2, 256, 257])
 def test_logistic_probabilities_sum_to_one(n_outputs: int, mean: float, log_scale: float):
-    config = ModelConfig(
-        vocab_size=n_outputs, n_outputs=n_outputs, d_model=(4,), n_layers=(1,),
-        head="logistics", taps=(1,),
-    )  # fmt: skip
-    head = Logistics(config)
+    head = Logistics(4, n_outputs, 0)
     with torch.no_grad():
         head.linear.bias[2 * head.mixtures :] = log_scale
         logits = head.logits(torch.randn(3, 4), torch.full((3, 1), mean))
@@ -339,10 +329,7 @@ def test_logistic_likelihood_has_finite_gradients(log_scale: float, make_model: 
 
 
 def test_logistic_mass_is_the_integral_over_the_bin():
-    config = ModelConfig(
-        vocab_size=256, n_outputs=256, d_model=(4,), n_layers=(1,), head="logistics", taps=(1,)
-    )
-    head = Logistics(config).double()
+    head = Logistics(4, 256, 0).double()
     features, prediction = torch.zeros(1, 4).double(), torch.tensor([[0.1]]).double()
     with torch.no_grad():
         head.linear.bias.add_(torch.randn_like(head.linear.bias), alpha=0.3)

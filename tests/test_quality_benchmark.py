@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genssm import quality_benchmark
-from genssm.model import ModelConfig
+from genssm.config import ModelConfig
 from genssm.optim import build_optimizers
 from genssm.quality_benchmark import Transformer, benchmark_quality
 from genssm.recipes import Recipe, TrainConfig

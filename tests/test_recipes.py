@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from genssm.codec import Audio, Image
-from genssm.model import ModelConfig, SequenceModel
+from genssm.config import ModelConfig
+from genssm.model import SequenceModel
 from genssm.preparation import build_codec
 from genssm.recipes import RECIPES, Recipe, TrainConfig, parse_settings
 

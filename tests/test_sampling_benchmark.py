@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from genssm import cuda_benchmark
 from genssm.benchmark import REFERENCE
 from genssm.cli import app
+from genssm.config import ModelConfig
 from genssm.conversion import to_recurrent
-from genssm.model import ModelConfig, SequenceModel
+from genssm.model import SequenceModel
 from genssm.sampling_benchmark import (
     SMALL,
     Baseline,

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from genssm.config import ModelConfig
 from genssm.distributed import World
-from genssm.model import ModelConfig, SequenceModel
+from genssm.model import SequenceModel
 from genssm.optim import build_optimizers
 from genssm.recipes import Recipe
 from genssm.training_state import STATE, TrainingState, check, kept_recipe

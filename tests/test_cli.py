@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 
 import genssm
 from genssm.checkpoint import Checkpoint, save
-from genssm.cli import _draw, _summarize, app
+from genssm.cli import app
 from genssm.codec import Codec, Image
+from genssm.commands.sample import _draw, _summarize
 from genssm.files import Output
 from genssm.model import SequenceModel
 from genssm.pipeline import Pipeline, load
@@ -464,7 +465,7 @@ def test_a_file_of_another_process_is_not_lost(
         theirs.write_bytes(b"theirs")
         return _draw(*arguments, **options)
 
-    monkeypatch.setattr("genssm.cli._draw", draw)
+    monkeypatch.setattr("genssm.commands.sample._draw", draw)
     made = run("sample", "-m", folders["image"], "-p", "dog", *out)
     assert theirs.read_bytes() == b"theirs"
     if out:
@@ -508,7 +509,7 @@ def test_a_state_is_not_written_in_the_place_of_its_sample(run, folders, tmp_pat
 def test_rates_that_a_format_cannot_hold_are_refused_before_the_sample(
     run, folders, monkeypatch
 ) -> None:
-    monkeypatch.delattr("genssm.cli._draw")
+    monkeypatch.delattr("genssm.commands.sample._draw")
     made = ("-m", folders["audio"], "--rate", 0.0417, "--seconds", 0.01, "-o", "a.flac")
     refused = run("sample", *made)
     assert (refused.exit_code, refused.stdout) == (2, "")

@@ -70,10 +70,12 @@ ORDER = (
     "anatomy",
     "interface",
     "app_benchmark",
+    "commands",
     "cli",
     "__main__",
 )
-# The modules of the page, from the ground up.
+# The modules of the command line and of the page, from the ground up.
+COMMANDS = ("console", "sample", "training", "measuring", "page", "benchmarks")
 INTERFACE = (
     "growth",
     "uploads",
@@ -90,6 +92,7 @@ INTERFACE = (
     "page",
     "serving",
 )
+PARTS = {"commands": COMMANDS, "interface": INTERFACE}
 PACKAGE = Path(genssm.__file__).parent
 
 
@@ -118,8 +121,9 @@ def test_every_module_has_its_place() -> None:
     packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules | packages == set(ORDER)
-    inside = {p.stem for p in (PACKAGE / "interface").glob("*.py")} - {"__init__"}
-    assert inside == set(INTERFACE)
+    for package, inside in PARTS.items():
+        modules = {p.stem for p in (PACKAGE / package).glob("*.py")} - {"__init__"}
+        assert modules == set(inside)
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -131,11 +135,13 @@ def test_modules_import_only_from_below(module: str) -> None:
     assert not above, f"{module} imports {above}, which stand above it"
 
 
-@pytest.mark.parametrize("module", INTERFACE)
-def test_the_page_imports_only_from_below(module: str) -> None:
-    imported = imports(PACKAGE / "interface" / f"{module}.py", "genssm.interface")
-    above = imported - set(INTERFACE[: INTERFACE.index(module)])
-    assert not above, f"interface.{module} imports {above}, which stand above it"
+@pytest.mark.parametrize(
+    ("package", "module"), [(package, module) for package in PARTS for module in PARTS[package]]
+)
+def test_modules_of_a_part_import_only_from_below(package: str, module: str) -> None:
+    imported = imports(PACKAGE / package / f"{module}.py", f"genssm.{package}")
+    above = imported - set(PARTS[package][: PARTS[package].index(module)])
+    assert not above, f"{package}.{module} imports {above}, which stand above it"
 
 
 def run(code: str) -> str:

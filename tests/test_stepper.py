@@ -31,6 +31,7 @@ from genssm.engine import (
 )
 from genssm.model import RecurrentModel, SequenceModel, State
 from genssm.pace import Pace, Way
+from genssm.program import pack
 from genssm.sampling import RandomStream, SamplingConfig, guided, probabilities
 from genssm.stepper import (
     SCORED,
@@ -42,7 +43,6 @@ from genssm.stepper import (
     choose,
     describe,
     load_kernels,
-    pack,
 )
 from genssm.threads import torch_threads
 

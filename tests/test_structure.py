@@ -47,6 +47,8 @@ ORDER = (
     "threads",
     "pace",
     "simd",
+    "memory",
+    "program",
     "cuda",
     "stepper",
     "engine",

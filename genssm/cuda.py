@@ -187,8 +187,9 @@ class CapturedModel:
     def rows(self, memories: Sequence[Memory], index: Sequence[int]) -> Memory:
         """A memory of the rows ``index`` of all memories one behind the other."""
         rows = torch.tensor(index, device=self.device)
-        every = zip(*(m.tensors for m in memories), strict=True)
-        return Memory(memories[0].position, [torch.cat(tensors)[rows] for tensors in every])
+        every = [m.tensors for m in memories]
+        joined = every[0] if len(every) == 1 else map(torch.cat, zip(*every, strict=True))
+        return Memory(memories[0].position, [tensor[rows] for tensor in joined])
 
     @property
     def largest_batch(self) -> int:

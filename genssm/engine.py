@@ -20,11 +20,12 @@ from genssm.blocks import map_nested
 from genssm.cuda import CapturedModel
 from genssm.finite import NotFiniteError
 from genssm.model import RecurrentModel, State
-from genssm.pace import Way, ways
+from genssm.pace import Pace, Way, ways
+from genssm.pool import in_threads
 from genssm.sampling import RandomStream, SamplingConfig, draw, guided, penalize, probabilities
-from genssm.stepper import CompiledModel, Stepper
+from genssm.stepper import CompiledModel, Stepper, team
 from genssm.stepping import Draws
-from genssm.threads import allowed_threads, in_threads, one_thread, torch_threads
+from genssm.threads import allowed_threads, one_thread, torch_threads
 
 PIECE = 2048  # prompt tokens read at once: bounds the memory of long prompts
 SHORT = 256  # tokens that are read before a second thread would have begun
@@ -155,7 +156,7 @@ class Snapshot:
 
 @dataclass
 class _Part:
-    """Samples that one thread steps."""
+    """Samples that are stepped side by side, as one batch."""
 
     held: list[int]  # the sample of each row of ``seen``
     memory: Any  # the stepper's: their rows; if guided, then those of the guides in the same order
@@ -211,7 +212,7 @@ class CompiledGeneration:
 
     @property
     def threads(self) -> int:
-        """Threads that drew the last block."""
+        """Threads that step it when it is alone: as many as turned out to be the fastest."""
         return self._threads
 
     @property
@@ -243,20 +244,29 @@ class CompiledGeneration:
 
     def _draw(self, most: int) -> None:
         """The next block, by at most so many threads."""
-        samples, size, way, pace = len(self.active), self.place[1], Way.WHOLE, None
-        if self.model.paces is not None:
-            pace = self.model.paces[samples.bit_length(), self.rows // samples, most]
-            way = pace.choose(ways(samples, most), size)
-        self._threads = way.threads(samples, most)
-        draws = self._draws(size, way.parts(samples, most))
-        started = time.perf_counter()
+        samples, size, pace = len(self.active), self.place[1], self._pace(most)
+        way = pace.choose(size)
+        draws, threads = self._draws(size, way.parts(samples, most)), way.threads(samples, most)
+        started, taken = time.perf_counter(), True
         if way.divides:
-            blocks = in_threads(self.model.generate, draws, self._threads)
+            blocks = in_threads(self.model.generate, draws, threads)
         else:
-            blocks = self.model.generate_together(draws, self._threads)
-        if pace is not None:
+            with team(threads) as members:
+                taken = members == threads
+                blocks = self.model.generate_together(draws, members)
+        if taken:
             pace.took(way, size, time.perf_counter() - started)
+        self._threads = pace.way.threads(samples, most)
         self._take(blocks)
+
+    def _pace(self, most: int) -> Pace:
+        """What is known of batches like this one."""
+        if self.model.paces is None:
+            return Pace([Way.WHOLE])
+        samples = len(self.active)
+        options = ways(samples, most)
+        key = options, samples.bit_length(), self.rows // samples, most
+        return self.model.paces.setdefault(key, Pace(options))
 
     def _draws(self, size: int, parts: int | None = None) -> list[Draws]:
         """What decides the next block, part by part, of as many as there were, if None.
@@ -360,7 +370,7 @@ def draw_ahead(generations: Sequence[CompiledGeneration], threads: int | None = 
     """Draw the next block of each; several of one model and one ``place`` are one batch.
 
     What they draw does not depend on their company, to the last bit. One that is alone may use so
-    many ``threads``; as many as torch may if None.
+    many ``threads``, as many as torch may if None; several are stepped by this thread.
     """
     first = generations[0]
     if len(generations) == 1:

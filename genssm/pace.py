@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
 
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
+TEAM = 4  # threads that may share the columns of every vector
 
 
 class Way(Enum):
@@ -16,9 +17,7 @@ class Way(Enum):
     WHOLE = auto()  # all at once, by one thread
     COLUMNS = auto()  # all at once, by threads that share the columns of every vector
     SHARES = auto()  # in as many parts as there are threads, one each
-    GROUPS = (
-        auto()
-    )  # in parts of about ``GROUP``, so that states stay in a core's cache for a block
+    GROUPS = auto()  # in parts of about ``GROUP``, whose states stay in a core's cache for a block
 
     @property
     def divides(self) -> bool:
@@ -33,77 +32,96 @@ class Way(Enum):
 
     def threads(self, samples: int, threads: int) -> int:
         """How many of so many threads it uses."""
-        return min(self.parts(samples, threads), threads) if self is not Way.COLUMNS else threads
+        return min(threads, TEAM if self is Way.COLUMNS else self.parts(samples, threads))
 
 
-def ways(samples: int, threads: int) -> list[Way]:
-    """What may be the fastest, the likeliest first. Shares that are large need no trial."""
+def ways(samples: int, threads: int) -> tuple[Way, ...]:
+    """What may be the fastest, the likeliest first. Large shares need no comparison."""
     if threads == 1:
-        return [Way.WHOLE, Way.GROUPS] if samples > GROUP else [Way.WHOLE]
+        return (Way.WHOLE, Way.GROUPS) if samples > GROUP else (Way.WHOLE,)
     if samples >= threads * GROUP:
-        return [Way.SHARES, Way.GROUPS] if samples > threads * GROUP else [Way.SHARES]
-    return [Way.WHOLE, Way.COLUMNS, Way.SHARES] if samples > 1 else [Way.WHOLE, Way.COLUMNS]
+        return (Way.SHARES, Way.GROUPS) if samples > threads * GROUP else (Way.SHARES,)
+    if samples == 1:
+        return (Way.WHOLE, Way.COLUMNS)
+    if samples <= TEAM:
+        return (Way.WHOLE, Way.COLUMNS, Way.SHARES)
+    return (Way.SHARES, Way.WHOLE, Way.COLUMNS)
 
 
 class Pace:
-    """Which way is the fastest. Others are tried soon at first, then ever more rarely.
+    """Which of some ways is the fastest: they are compared soon at first, then ever more rarely.
 
-    A trial costs no more than what it is slower by. One that is lost may have met a busy moment,
-    so the next comes after twice as many steps and not never; when blocks begin to take much longer
-    than when the choice was made, it comes at once.
+    They take turns, a block each, so that all meet the same load of the machine. A comparison costs
+    no more than what the others are slower by. A busy moment may decide one, so there is always
+    another, after twice as many steps; it comes sooner where blocks begin to take much longer than
+    when the choice was made. Only a clear gain changes the choice.
     """
 
     SHORT = 16  # steps of a block that is too short to tell, or for threads to meet in every step
-    TRIES = 2  # blocks of a trial, of which the faster counts
-    SOON, LONGEST = 128, 2**17  # steps from a trial to the next
-    SLOWER = 1.5  # times as long, in as many blocks running: something has changed
-    GAIN = 0.9  # of the time, at most, for more threads
+    TURNS = 2  # blocks of each way in a comparison, of which the faster counts
+    HOPELESS = 2.0  # times as long as the choice: no second turn
+    GAIN = 0.9  # of the time, at most, for another choice
+    SOON, LONGEST = 128, 2**17  # steps from a comparison to the next
+    SLOWER = 1.5  # times as long, two blocks running: something has changed
 
-    def __init__(self) -> None:
-        self.way: Way | None = None  # the choice
-        self._last: deque[float] = deque(maxlen=self.TRIES)  # seconds of a step by it, by block
-        self._usual = float("inf")  # the same when the choice was made
-        self._trials: dict[Way, list[float]] = {}  # seconds of a step by each of the others
-        self._left, self._patience = 0, self.SOON
-        self._lock = threading.Lock()
+    def __init__(self, options: Sequence[Way]) -> None:
+        self.options, self.way = options, options[0]
+        self._turns: dict[Way, list[float]] = {}  # seconds of a step, in the comparison under way
+        self._usual, self._slow = float("inf"), 0  # seconds when it was chosen; slow blocks running
+        self._done, self._patience = 0, 0  # steps since the choice; steps that it holds
 
-    def choose(self, options: Sequence[Way], steps: int) -> Way:
-        """How to draw the next block of so many steps: one of the ``ways``."""
-        with self._lock:
-            if self.way is None or self.way not in options:
-                self.way, self._left = options[0], 0
-                self._last.clear()
-                self._trials.clear()
+    def choose(self, steps: int) -> Way:
+        """How to draw the next block of so many steps."""
+        with _Lock.held:
             if steps < self.SHORT:
-                return options[0] if self.way is Way.COLUMNS else self.way
-            if len(self._last) == self.TRIES and self._left <= 0 and not self._trials:
-                self._trials = {way: [] for way in options if way is not self.way}
-            tried = ((way, times) for way, times in self._trials.items() if way in options)
-            return next((way for way, times in tried if len(times) < self.TRIES), self.way)
+                return Way.WHOLE if self.way is Way.COLUMNS else self.way
+            if self._done >= self._patience and not self._turns and len(self.options) > 1:
+                others = (way for way in self.options if way is not self.way)
+                self._turns = {way: [] for way in (self.way, *others)}
+            return min(self._turns, key=lambda way: len(self._turns[way]), default=self.way)
 
     def took(self, way: Way, steps: int, seconds: float) -> None:
         """What ``choose`` said, and what came of it."""
         if steps < self.SHORT:
             return
-        with self._lock:
-            if way is self.way:
-                self._last.append(seconds / steps)
-                slow = len(self._last) == self.TRIES and min(self._last) > self.SLOWER * self._usual
-                self._left = 0 if slow else self._left - steps
-            elif way in self._trials:
-                self._trials[way].append(seconds / steps)
-                if all(len(times) >= self.TRIES for times in self._trials.values()):
-                    self._decide()
+        with _Lock.held:
+            if way in self._turns:
+                self._turns[way].append(seconds / steps)
+                self._compare()
+            elif way is self.way:
+                self._done += steps
+                self._slow = self._slow + 1 if seconds / steps > self.SLOWER * self._usual else 0
+                if self._slow >= 2 and self._done >= self._patience // 8:
+                    self._done = self._patience
 
-    def _decide(self) -> None:
-        """Make the choice anew: all have been tried."""
-        assert self.way is not None
-        times = {way: min(tried) for way, tried in self._trials.items()}
-        times[self.way] = min(self._last)
-        best = min(times, key=lambda way: times[way] * (self.GAIN if way is Way.WHOLE else 1))
-        if best is not self.way:
-            self.way, self._patience = best, self.SOON
-            self._last = deque(self._trials[best], self.TRIES)
-        self._usual, self._left = times[best], self._patience
-        self._patience = min(2 * self._patience, self.LONGEST)
-        self._trials.clear()
+    def _compare(self) -> None:
+        """Choose, if all have had their turns."""
+        if own := self._turns[self.way]:
+            limit = self.HOPELESS * min(own)
+            hopeless = [way for way, times in self._turns.items() if min(times, default=0) > limit]
+            for way in hopeless:
+                del self._turns[way]
+        if any(len(times) < self.TURNS for times in self._turns.values()):
+            return
+        times = {way: min(tried) for way, tried in self._turns.items()}
+        best = min(times, key=lambda way: times[way])
+        if times[best] > self.GAIN * times[self.way]:
+            best = self.way
+        longer = self._patience // 2 if best is not self.way else 2 * self._patience
+        self._patience = min(max(longer, self.SOON), self.LONGEST)
+        self.way, self._usual, self._slow, self._done = best, times[best], 0, 0
+        self._turns = {}
+
+
+class _Lock:
+    """Of all paces: what they do is short."""
+
+    held = threading.Lock()
+
+
+def _after_fork() -> None:
+    _Lock.held = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=_after_fork)

@@ -25,6 +25,7 @@ from genssm.heads import Logistics, Softmax
 from genssm.inputs import PARTS
 from genssm.memory import Array, Group, Space, Table, whole_panels, zeros
 from genssm.model import RecurrentModel
+from genssm.pace import TEAM
 from genssm.recurrence import RecurrentStateSpace
 from genssm.stepping import UnsupportedError
 
@@ -64,7 +65,7 @@ def compile_model(model: RecurrentModel, simd: Any, kind: str, fours: bool) -> P
     slots = _stack(program, model.stack, x, room, 1)
     program.norm(model.norm, x, room[0])
     logits, width, tables = _head(program, model, room[0], prediction)
-    digits = program.reserve(simd.TEAM * (program.widest + simd.PANEL))
+    digits = program.reserve(TEAM * (program.widest + simd.PANEL))
     return Program(
         np.array(program.lines, np.int64), _aligned(program.constants, np.float32),
         _aligned(program.matrices, np.uint8), program.size, program.kept, slots, tables, logits,

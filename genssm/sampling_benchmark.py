@@ -26,16 +26,18 @@ from genssm.conversion import to_recurrent
 from genssm.engine import CompiledGeneration, Reading, begin, read
 from genssm.model import RecurrentModel, SequenceModel
 from genssm.pipeline import load
+from genssm.pool import in_threads
 from genssm.recurrence import RecurrentStateSpace
 from genssm.sampling import RandomStream, SamplingConfig, draw, probabilities
 from genssm.stepper import CompiledModel
 from genssm.stepping import EXACT
-from genssm.threads import in_threads, torch_threads
+from genssm.threads import torch_threads
 
 VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8"))  # engine, weights
 BYTES = {EXACT: 4, "bf16": 2, "int8": 1}  # of one weight of a linear map
 BLOCK = 32  # tokens that the compiled loop draws at once, after
 WARM_UP = 63  # tokens in blocks of 1, 2, 4, …, 32
+COMPARING = 192  # tokens after them in which the ways to step a batch are compared: see ``Pace``
 MARGIN = 64  # tokens that a Transformer's cache grows by while it is measured
 MiB = 2**20
 
@@ -299,7 +301,7 @@ def measure_speed(
 
         period = subject.recurrent.config.period
         unit = period if engine == "eager" else math.lcm(BLOCK, period)
-        draw_all(2 if engine == "eager" else WARM_UP)
+        draw_all(2 if engine == "eager" else WARM_UP + COMPARING)
         steps = unit * max(1, round(extent.seconds / _seconds(lambda: draw_all(unit))))
         read_bytes, state_bytes = bytes_per_step(subject.recurrent, weights, batch, engine)
         total, speeds, shares = read_bytes + state_bytes, [], []

@@ -35,7 +35,6 @@ EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
 SILU, GATE, ADD, POOL, LOGISTICS, RECALL, PROGRESS = range(8, 15)
 # One thread does these, all share the others.
 SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS, RECALL, PROGRESS)
-TEAM = 4  # threads that may step one batch together
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
 _OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy"}

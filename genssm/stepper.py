@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -27,11 +26,11 @@ from genssm.cuda import CapturedModel
 from genssm.distributed import default_device
 from genssm.memory import Array, Memory, Room, region, zeros
 from genssm.model import RecurrentModel, State
-from genssm.pace import Pace
+from genssm.pace import TEAM, Pace, Way
+from genssm.pool import pool
 from genssm.program import compile_model
 from genssm.sampling import SamplingConfig
 from genssm.stepping import EXACT, Draws, UnsupportedError
-from genssm.threads import pool
 
 ENGINES = ("auto", "eager", "cpu", "cuda")
 WEIGHTS = ("bf16", EXACT, "int8")  # the default first
@@ -117,8 +116,8 @@ class CompiledModel:
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
         self._abreast = self._simd.panels_abreast()
-        # How batches are stepped fastest, by about how many samples, streams and threads.
-        self.paces: defaultdict[tuple[int, int, int], Pace] = defaultdict(Pace)
+        # How batches are stepped fastest, by ways, about how many samples, streams and threads.
+        self.paces: dict[tuple[tuple[Way, ...], int, int, int], Pace] = {}
         self._thread = threading.local()  # room of each thread that steps
         int8 = {f"int8-{bits}": kind for bits, kind in self._simd.int8_kinds().items()}
         # The weights by the name that recipes have: see ``INT8``.
@@ -149,7 +148,7 @@ class CompiledModel:
         history = np.insert(state.history.numpy(), self.config.kept, -1, axis=1)
         work = zeros(self._program.size * batch, np.float32)
         positions = np.full(batch, int(state.position), np.int64)
-        memory = Memory(positions, history, work, Room(self._program.width, self._simd.TEAM))
+        memory = Memory(positions, history, work, Room(self._program.width, TEAM))
         for slot, part in zip(self._program.slots, state.layers, strict=True):
             slot.load(memory, part)
         for table, part in zip(self._program.tables, state.recall.unbind(1), strict=True):
@@ -183,7 +182,7 @@ class CompiledModel:
         positions = np.concatenate([m.positions for m in memories])[index]
         history = np.concatenate([m.history for m in memories])[index]
         work = zeros(self._program.size * len(index), np.float32)
-        result = Memory(positions, history, work, Room(self._program.width, self._simd.TEAM))
+        result = Memory(positions, history, work, Room(self._program.width, TEAM))
         rows, begin = np.asarray(index), 0
         for memory in memories:
             places = np.flatnonzero((begin <= rows) & (rows < begin + memory.batch))
@@ -260,32 +259,21 @@ class CompiledModel:
     ) -> list[tuple[Array, Array]]:
         """``generate`` for several, as one batch, to the same last bit.
 
-        Their n must be equal, and their positions modulo the model's period. So many ``threads``,
-        at most ``simd.TEAM``, share the columns of every vector, unless others do so just now.
+        Their n must be equal, and their positions modulo the model's period. So many ``threads``
+        share the columns of every vector: more than one in a ``team``.
         """
         if any(len(d.uniforms) != len(d.seen) for d in draws):
             raise ValueError("draws need as many rows of uniforms as of seen tokens")
         seen = draws[0].seen if len(draws) == 1 else np.concatenate([d.seen for d in draws])
         tokens = np.zeros((len(seen), draws[0].uniforms.shape[1]), np.int64)
         with self._joined([d.memory for d in draws]) as memory:
-            bits = self._by_team(memory, draws, tokens, seen, threads)
+            bits = self._run(memory, draws, tokens, seen=seen, threads=threads)
         result, end = [], 0
         for d in draws:
             part = slice(end, end := end + len(d.seen))
             d.seen[:] = seen[part]
             result.append((tokens[part], bits[part]))
         return result
-
-    def _by_team(
-        self, memory: Memory, draws: Sequence[Draws[Memory]], tokens: Array, seen: Array, most: int
-    ) -> Array:
-        threads, forming = min(most, self._simd.TEAM), _Team.forming
-        if threads == 1 or not forming.acquire(blocking=False):
-            return self._run(memory, draws, tokens, seen=seen)
-        try:
-            return self._run(memory, draws, tokens, seen=seen, threads=threads)
-        finally:
-            forming.release()
 
     def _check(self, tokens: Array) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -338,6 +326,19 @@ class _Team:
     forming = threading.Lock()
 
 
+@contextmanager
+def team(threads: int) -> Iterator[int]:
+    """How many of so many threads may step one batch now: one, while there is another team."""
+    threads = min(threads, TEAM)
+    if threads == 1 or not _Team.forming.acquire(blocking=False):
+        yield 1
+        return
+    try:
+        yield threads
+    finally:
+        _Team.forming.release()
+
+
 def _after_fork() -> None:
     """No team of the parent is under way in its child."""
     _Team.forming = threading.Lock()
@@ -348,11 +349,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
-    """``run`` of every member at once, the first in this thread; needs ``_Team.forming``."""
+    """``run`` of every member at once, the first in this thread; needs a ``team``."""
     others: list[Future[None]] = []
     try:
-        helpers = pool("team", threads - 1)
-        others += [helpers.submit(run, member) for member in range(1, threads)]
+        others += [pool("team").submit(run, member) for member in range(1, threads)]
         run(0)
     except BaseException:
         gate[8] = 1  # an interruption, before all could meet

@@ -1,4 +1,4 @@
-"""Threads: how many torch may use, while several of our own ask for different numbers; pools.
+"""How many threads torch may use, while several of our own ask for different numbers.
 
 torch keeps a number for each thread, and gives a thread that is new to it the number that was set
 last by any other. If one puts back what it found while another still has its own, the wrong one
@@ -7,18 +7,11 @@ stays. So what held before the first is kept here until the last is done.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class _Record:
@@ -68,26 +61,3 @@ def torch_threads(count: int) -> Iterator[None]:
 def one_thread() -> AbstractContextManager[None]:
     """Step on one thread: a step is too short to be worth waiting for a second core."""
     return torch_threads(1)
-
-
-@cache
-def pool(purpose: str, count: int) -> ThreadPoolExecutor:
-    """So many threads that are kept for a purpose."""
-    return ThreadPoolExecutor(count, thread_name_prefix=f"genssm {purpose}")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of the threads of its parent
-    os.register_at_fork(after_in_child=pool.cache_clear)
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """``function`` of every item, so many at a time. What has begun ends, before it raises."""
-    if threads == 1:
-        return list(map(function, items))
-    results = [pool("shares", threads).submit(function, item) for item in items]
-    try:
-        return [result.result() for result in results]
-    finally:
-        for result in results:
-            result.cancel()
-        wait(results)

@@ -1,5 +1,6 @@
 """The compiled stepper against the eager model, operation by operation and draw by draw."""
 
+import itertools
 import math
 import os
 import platform
@@ -30,7 +31,8 @@ from genssm.engine import (
     read,
 )
 from genssm.model import RecurrentModel, SequenceModel, State
-from genssm.pace import Pace, Way
+from genssm.pace import TEAM, Pace, Way
+from genssm.pool import in_threads
 from genssm.program import pack
 from genssm.sampling import RandomStream, SamplingConfig, guided, probabilities
 from genssm.stepper import (
@@ -43,6 +45,7 @@ from genssm.stepper import (
     choose,
     describe,
     load_kernels,
+    team,
 )
 from genssm.threads import torch_threads
 
@@ -458,27 +461,39 @@ def test_draws_follow_the_probabilities(make_model: MakeModel) -> None:
     assert scipy.stats.chisquare(counts[p > 0], p[p > 0] * len(tokens)).pvalue > 1e-3
 
 
-def in_turns(monkeypatch: pytest.MonkeyPatch, *turns: Way) -> list[int]:
-    """Have blocks drawn in these ways by turns, in groups of two, and take down their steps."""
+def in_turns(monkeypatch: pytest.MonkeyPatch, *turns: Way) -> list[tuple[str, int]]:
+    """Have blocks drawn in these ways by turns, in groups of two; returns the threads of each."""
     monkeypatch.setattr("genssm.pace.GROUP", 2)
-    steps: list[int] = []
+    chosen = itertools.cycle(turns)
+    monkeypatch.setattr(Pace, "choose", lambda *_: next(chosen))
+    used: list[tuple[str, int]] = []
 
-    def choose(_: Pace, options: list[Way], size: int) -> Way:
-        steps.append(size)
-        return turns[(len(steps) - 1) % len(turns)]
+    def shared(function: Any, items: Any, threads: int) -> list[Any]:
+        used.append(("parts", threads))
+        return in_threads(function, items, threads)
 
-    monkeypatch.setattr(Pace, "choose", choose)
-    return steps
+    def run(function: Any, threads: int, gate: np.ndarray) -> None:
+        used.append(("columns", threads))
+        _as_team(function, threads, gate)
+
+    monkeypatch.setattr("genssm.engine.in_threads", shared)
+    monkeypatch.setattr("genssm.stepper._as_team", run)
+    return used
 
 
-TURNS = {
-    "whole": (1, [Way.WHOLE], [1]),
-    "groups by one thread": (1, [Way.GROUPS], [3]),
-    "columns": (2, [Way.COLUMNS], [1]),
-    "shares": (2, [Way.SHARES], [2]),
-    "groups": (2, [Way.GROUPS], [4]),
-    "many threads": (3, [Way.SHARES], [3]),
-    "by turns": (2, [Way.SHARES, Way.WHOLE, Way.GROUPS, Way.COLUMNS], [2, 1, 4, 1]),
+TURNS: dict[str, tuple[int, list[Way], list[int], list[tuple[str, int]]]] = {
+    "whole": (1, [Way.WHOLE], [1], []),
+    "groups by one thread": (1, [Way.GROUPS], [3], [("parts", 1)]),
+    "columns": (2, [Way.COLUMNS], [1], [("columns", 2)]),
+    "shares": (2, [Way.SHARES], [2], [("parts", 2)]),
+    "groups": (2, [Way.GROUPS], [4], [("parts", 2)]),
+    "many threads": (3, [Way.SHARES], [3], [("parts", 3)]),
+    "by turns": (
+        2,
+        [Way.SHARES, Way.WHOLE, Way.GROUPS, Way.COLUMNS],
+        [2, 1, 4, 1],
+        [("parts", 2), ("parts", 2), ("columns", 2)],
+    ),
 }
 
 
@@ -492,7 +507,7 @@ def test_samples_do_not_depend_on_their_company(
     guidance: float,
 ) -> None:
     """Tokens and bits, to the last digit, whatever the blocks and threads and whoever leaves."""
-    threads, turns, parts = TURNS[case]
+    threads, turns, parts, expected_use = TURNS[case]
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     config = SamplingConfig(repetition_penalty=1.3)
     guide = read(compiled, torch.tensor([21, 3, 1, 4])) if guidance != 1 else None
@@ -506,7 +521,7 @@ def test_samples_do_not_depend_on_their_company(
     with torch_threads(1):
         expected = [drawn(sampled(i, i + 1), 50)[0] for i in range(5)]
     assert len(set(map(tuple, tokens_of(expected)))) == 5
-    in_turns(monkeypatch, *turns)
+    used = in_turns(monkeypatch, *turns)
     with torch_threads(threads):
         generation, seen = sampled(0, 5), []
         together: list[list[Drawn]] = [[] for _ in range(5)]
@@ -515,6 +530,8 @@ def test_samples_do_not_depend_on_their_company(
                 together[drawn_now.sample].append(drawn_now)
             seen.append(len(generation._parts))
         assert [n for i, n in enumerate(seen) if i == 0 or n != seen[i - 1]][: len(parts)] == parts
+        assert used[: len(expected_use)] == expected_use
+        assert len(used) > 0 or not expected_use
         for sample, alone in zip(together, expected, strict=True):
             assert [(d.token, d.bits) for d in sample] == [(d.token, d.bits) for d in alone]
         generation = sampled(0, 5)
@@ -562,7 +579,7 @@ def test_a_generation_is_stepped_by_no_more_threads_than_are_allowed(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where others draw beside it, by one."""
-    in_turns(monkeypatch, Way.SHARES)
+    used = in_turns(monkeypatch, Way.SHARES)
     compiled = CompiledModel(to_recurrent(make_model("pooled")))
     with torch_threads(2):
         generation = begin(
@@ -570,9 +587,26 @@ def test_a_generation_is_stepped_by_no_more_threads_than_are_allowed(
         )
         assert isinstance(generation, CompiledGeneration)
         draw_ahead([generation], 1)
-        assert (generation.threads, len(generation._parts)) == (1, 1)
+        assert len(generation._parts) == 1
         drawn(generation, generation.ahead + 1)
-        assert (generation.threads, len(generation._parts)) == (2, 2)
+        assert len(generation._parts) == 2
+    assert used == [("parts", 1), ("parts", 2)]
+
+
+def test_one_team_at_a_time(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds another one steps alone, and what that takes says nothing about a team."""
+    used = in_turns(monkeypatch, Way.COLUMNS)
+    timed: list[Way] = []
+    monkeypatch.setattr(Pace, "took", lambda _, way, steps, seconds: timed.append(way))
+    compiled = CompiledModel(to_recurrent(make_model("pooled")))
+    with torch_threads(8):
+        generation = begin(compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=[0])
+        with team(8) as members:
+            assert members == TEAM
+            drawn(generation, 1)
+        assert (used, timed) == ([], [])
+        drawn(generation, 2)
+        assert (used, timed) == ([("columns", TEAM)], [Way.COLUMNS])
 
 
 def test_blocks_are_timed(make_model: MakeModel) -> None:
@@ -583,12 +617,12 @@ def test_blocks_are_timed(make_model: MakeModel) -> None:
             generation = begin(
                 compiled, read(compiled, PROMPT), SamplingConfig(), seed=1, indices=range(count)
             )
-            drawn(generation, 1 + 2 + 4 + 8 + 16 + 6 * 32)
-    one, three = compiled.paces[1, 1, 2], compiled.paces[2, 1, 2]
-    assert set(compiled.paces) == {(1, 1, 2), (2, 1, 2)}
-    for pace in (one, three):
-        assert pace.way is not None
-        assert 0 < pace._usual < 1  # seconds of a step
+            drawn(generation, 63 + 192)
+            assert isinstance(generation, CompiledGeneration)
+            assert generation.threads in (1, 2)
+    ways = [(Way.WHOLE, Way.COLUMNS), (Way.WHOLE, Way.COLUMNS, Way.SHARES)]
+    assert list(compiled.paces) == [(ways[0], 1, 1, 2), (ways[1], 2, 1, 2)]
+    assert all(0 < pace._usual < 1 for pace in compiled.paces.values())  # seconds of a step
 
 
 @pytest.mark.parametrize("name", ["wiki", "cifar10", "digits"])
@@ -792,14 +826,15 @@ def test_a_child_forms_a_team_of_its_own() -> None:
     """Where it was forked, the threads of its parent's are gone."""
     code = (
         "import multiprocessing, numpy as np\n"
+        "from genssm.pace import _Lock\n"
         "from genssm.stepper import _as_team, _Team\n"
         "def meet():\n"
         "    met = []\n"
-        "    with _Team.forming: _as_team(met.append, 2, np.zeros(16, np.int64))\n"
+        "    with _Lock.held, _Team.forming: _as_team(met.append, 2, np.zeros(16, np.int64))\n"
         "    print(sorted(met), flush=True)\n"
         "meet()\n"
         "child = multiprocessing.get_context('fork').Process(target=meet)\n"
-        "with _Team.forming: child.start()\n"
+        "with _Lock.held, _Team.forming: child.start()\n"
         "child.join(20); child.kill()"
     )
     run = subprocess.run(

@@ -45,6 +45,7 @@ ORDER = (
     "sampling",
     "stepping",
     "threads",
+    "pool",
     "pace",
     "simd",
     "memory",

@@ -59,7 +59,7 @@ class Pace:
 
     SHORT = 16  # steps of a block that is too short to tell, or for threads to meet in every step
     TURNS = 2  # blocks of each way in a comparison, of which the faster counts
-    HOPELESS = 2.0  # times as long as the choice: no second turn
+    HOPELESS = 1.5  # times as long as the choice: no second turn
     GAIN = 0.9  # of the time, at most, for another choice
     SOON, LONGEST = 128, 2**17  # steps from a comparison to the next
     SLOWER = 1.5  # times as long, two blocks running: something has changed

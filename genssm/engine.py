@@ -245,7 +245,7 @@ class CompiledGeneration:
     def _draw(self, most: int) -> None:
         """The next block, by at most so many threads."""
         samples, size, pace = len(self.active), self.place[1], self._pace(most)
-        way = pace.choose(size)
+        way = pace.choose(size, len(self._parts) == 1)
         draws, threads = self._draws(size, way.parts(samples, most)), way.threads(samples, most)
         started, taken = time.perf_counter(), True
         if way.divides:

@@ -57,7 +57,7 @@ class Pace:
     when the choice was made. Only a clear gain changes the choice.
     """
 
-    SHORT = 16  # steps of a block that is too short to tell, or for threads to meet in every step
+    SHORT = 16  # steps from which on a block tells how fast a way is
     TURNS = 2  # blocks of each way in a comparison, of which the faster counts
     HOPELESS = 1.5  # times as long as the choice: no second turn
     GAIN = 0.9  # of the time, at most, for another choice
@@ -70,11 +70,14 @@ class Pace:
         self._usual, self._slow = float("inf"), 0  # seconds when it was chosen; slow blocks running
         self._done, self._patience = 0, 0  # steps since the choice; steps that it holds
 
-    def choose(self, steps: int) -> Way:
-        """How to draw the next block of so many steps."""
+    def choose(self, steps: int, whole: bool) -> Way:
+        """How to draw the next block of so many steps; ``whole``: of samples that lie in one part.
+
+        A short block is not worth waking threads, or moving samples.
+        """
         with _Lock.held:
             if steps < self.SHORT:
-                return Way.WHOLE if self.way is Way.COLUMNS else self.way
+                return self.way if self.way.divides and not whole else Way.WHOLE
             if self._done >= self._patience and not self._turns and len(self.options) > 1:
                 others = (way for way in self.options if way is not self.way)
                 self._turns = {way: [] for way in (self.way, *others)}

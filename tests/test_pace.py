@@ -47,7 +47,7 @@ def test_parts_and_threads_of_a_way(samples: int, threads: int) -> None:
 
 def block(pace: Pace, seconds: dict[Way, float], steps: int = 32) -> Way:
     """The way of the next block, which takes so many seconds a step."""
-    way = pace.choose(steps)
+    way = pace.choose(steps, whole=True)
     pace.took(way, steps, seconds[way] * steps)
     return way
 
@@ -140,9 +140,16 @@ def test_short_blocks_tell_nothing_and_call_no_team() -> None:
     assert [block(pace, seconds, steps=8) for _ in range(20)] == 20 * [WHOLE]
     for _ in range(6):
         block(pace, seconds)
-    assert pace.choose(32) is COLUMNS
-    assert pace.choose(8) is WHOLE
-    assert Pace((SHARES, GROUPS)).choose(8) is SHARES
+    assert pace.choose(32, whole=True) is COLUMNS
+    assert pace.choose(8, whole=True) is WHOLE
+
+
+def test_short_blocks_move_no_samples() -> None:
+    """Neither from the one part that they lie in at first, nor back into one at the end."""
+    pace = Pace((SHARES, GROUPS))
+    assert pace.choose(8, whole=True) is WHOLE
+    assert pace.choose(32, whole=True) is SHARES
+    assert pace.choose(8, whole=False) is SHARES
 
 
 def test_one_way_is_not_compared() -> None:

@@ -352,7 +352,8 @@ def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
     """``run`` of every member at once, the first in this thread; needs a ``team``."""
     others: list[Future[None]] = []
     try:
-        others += [pool("team").submit(run, member) for member in range(1, threads)]
+        for member in range(1, threads):
+            others.append(pool("team").submit(run, member))
         run(0)
     except BaseException:
         gate[8] = 1  # an interruption, before all could meet

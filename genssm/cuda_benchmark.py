@@ -16,10 +16,9 @@ from torch import nn
 from genssm.benchmark import REFERENCE, machine
 from genssm.config import ModelConfig
 from genssm.cuda import WEIGHTS, CapturedModel
-from genssm.engine import begin
+from genssm.engine import BLOCK, begin
 from genssm.sampling import SamplingConfig
 from genssm.sampling_benchmark import (
-    BLOCK,
     FULL,
     MARGIN,
     SMALL,

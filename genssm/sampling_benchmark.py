@@ -23,8 +23,9 @@ from genssm.benchmark import REFERENCE, machine
 from genssm.blocks import Linear, PhasedLinear, RecurrentBlock, RecurrentPool, RecurrentStack
 from genssm.config import ModelConfig
 from genssm.conversion import to_recurrent
-from genssm.engine import CompiledGeneration, Reading, begin, read
+from genssm.engine import BLOCK, CompiledGeneration, Reading, begin, read
 from genssm.model import RecurrentModel, SequenceModel
+from genssm.pace import Pace
 from genssm.pipeline import load
 from genssm.pool import in_threads
 from genssm.recurrence import RecurrentStateSpace
@@ -35,9 +36,9 @@ from genssm.threads import torch_threads
 
 VARIANTS = (("eager", EXACT), ("cpu", EXACT), ("cpu", "bf16"), ("cpu", "int8"))  # engine, weights
 BYTES = {EXACT: 4, "bf16": 2, "int8": 1}  # of one weight of a linear map
-BLOCK = 32  # tokens that the compiled loop draws at once, after
-WARM_UP = 63  # tokens in blocks of 1, 2, 4, …, 32
-COMPARING = 192  # tokens after them in which the ways to step a batch are compared: see ``Pace``
+WARM_UP = 2 * BLOCK - 1  # tokens in blocks of 1, 2, 4, …, BLOCK
+# Tokens after them in which the ways to step a batch, three at most, are compared.
+COMPARING = 3 * Pace.TURNS * BLOCK
 MARGIN = 64  # tokens that a Transformer's cache grows by while it is measured
 MiB = 2**20
 

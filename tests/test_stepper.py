@@ -531,7 +531,7 @@ def test_samples_do_not_depend_on_their_company(
             seen.append(len(generation._parts))
         assert [n for i, n in enumerate(seen) if i == 0 or n != seen[i - 1]][: len(parts)] == parts
         assert used[: len(expected_use)] == expected_use
-        assert len(used) > 0 or not expected_use
+        assert bool(used) == bool(expected_use)
         for sample, alone in zip(together, expected, strict=True):
             assert [(d.token, d.bits) for d in sample] == [(d.token, d.bits) for d in alone]
         generation = sampled(0, 5)

@@ -7,22 +7,30 @@ from typing import Annotated
 
 import typer
 
-from genssm.commands.console import UsageError, check_new, command, require_gradio, say, write_facts
-from genssm.commands.training import recipe_of
+from genssm.commands.console import (
+    Force,
+    UsageError,
+    check_new,
+    command,
+    require_gradio,
+    say,
+    write_facts,
+)
+from genssm.commands.training import Changes, RecipeName, recipe_of
+
+Figures = Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")]
 
 
 @command
 def load(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
-    ] = None,
+    out: Figures = None,
     visitors: Annotated[int, typer.Option(min=1, max=256, help="At the same time.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="How long they keep coming.")] = 60,
     cold: Annotated[
         bool,
         typer.Option("--cold", help="Only the first text of a new process with nothing compiled."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure the page: simulated visitors on three tabs, their waiting time, the memory."""
     require_gradio()
@@ -35,12 +43,10 @@ def load(
 
 @command
 def layers(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
-    ] = None,
+    out: Figures = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     small: Annotated[bool, typer.Option("--small", help="The smallest sizes only.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure the layers: cost against LSSL, training speed, agreement of the views."""
     import torch
@@ -57,9 +63,7 @@ def layers(
 
 @command
 def sampling(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
-    ] = None,
+    out: Figures = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speeds as PNG (needs matplotlib).")
     ] = None,
@@ -90,19 +94,13 @@ def sampling(
 
 @command
 def quality(
-    recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09, ljspeech.")
-    ],
+    recipe: RecipeName,
     data: Annotated[Path, typer.Option(help="As for genssm train.")],
     work: Annotated[Path, typer.Option(help="Folder for the tokenizer and the tokens.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates of each model.")] = 1000,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    settings: Changes = None,
+    out: Figures = None,
+    force: Force = False,
 ) -> None:
     """Train a recipe and a GPT-2 of its size on the same tokens; measure both."""
     import torch

@@ -79,6 +79,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Shipped name, checkpoint folder or Hub id.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genssm.commands.console import Json, Quiet, UsageError, command
+from genssm.commands.console import Force, Json, Quiet, UsageError, command
 from genssm.terminal import harmless, note, write_nowhere
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def sample(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="File to write; - is stdout.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    force: Force = False,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="Number of samples (1).")
     ] = None,

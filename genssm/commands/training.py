@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genssm.commands.console import Quiet, UsageError, check_new, command
+from genssm.commands.console import Force, Quiet, UsageError, check_new, command
 from genssm.terminal import note
 
 if TYPE_CHECKING:
     from genssm.checkpoint import Checkpoint
     from genssm.recipes import Recipe
 
+RecipeName = Annotated[
+    str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09, ljspeech.")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
+]
+
 
 @command
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe: wiki, cifar10, digits, mnist, sc09, ljspeech.")
-    ],
+    recipe: RecipeName,
     data: Annotated[
         Path,
         typer.Option(
@@ -29,9 +34,7 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the training.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
-    ] = None,
+    settings: Changes = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Training time; default: the recipe's steps.")
     ] = None,
@@ -113,7 +116,7 @@ def classifier(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).")],
     epochs: Annotated[int, typer.Option(min=1, help="Times that it sees the data.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Of its weights and the order.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a small classifier of real data, which then judges samples (evaluate --samples)."""

@@ -1,5 +1,6 @@
 """The command line, on small untrained checkpoints; some of it in a process of its own."""
 
+import gc
 import json
 import os
 import shutil
@@ -452,6 +453,32 @@ def test_a_full_disk_under_the_notes_costs_no_sample(folders) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*COMMAND, *made], stderr=full, stdout=subprocess.PIPE, check=False)
     assert (done.returncode, done.stdout[:7]) == (0, b"The fox")
+
+
+def test_no_garbage_is_looked_for_until_the_first_piece(run, folders, monkeypatch) -> None:
+    looked: list[bool] = []
+
+    def draw(sessions: Any, live: bool, begun: Callable[[], None], *rest: Any) -> Any:
+        def told() -> None:
+            looked.append(gc.isenabled())
+            begun()
+            looked.append(gc.isenabled())
+
+        return _draw(sessions, live, told, *rest)
+
+    monkeypatch.setattr("genssm.commands.sample._draw", draw)
+    assert run("sample", "-m", folders["text"], "--max-tokens", 2).exit_code == 0
+    assert looked[:2] == [False, True]
+    assert all(looked[1:])
+    assert run("sample", "-m", folders["text"], "--temperature", -1).exit_code == 2
+    assert gc.isenabled()
+    gc.disable()  # by who calls us, whose choice it is
+    try:
+        assert run("sample", "-m", folders["text"], "--max-tokens", 2).exit_code == 0
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("out", [(), ("-o", "a.png")])

@@ -13,6 +13,7 @@ import genssm
 ORDER = (
     "settings",
     "terminal",
+    "startup",
     "disk",
     "distributed",
     "ssm",
@@ -158,7 +159,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_the_sampling_loop_is_compiled_before_gradio_is_imported() -> None:
-    code = "import sys, genssm.interface.serving; print('gradio' in sys.modules)"
+    code = "import sys, genssm.interface.house; print('gradio' in sys.modules)"
     assert run(code) == "False\n"
 
 

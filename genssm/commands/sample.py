@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genssm.commands.console import Force, Json, Quiet, UsageError, command
+from genssm.startup import rest_collector
 from genssm.terminal import harmless, note, write_nowhere
 
 if TYPE_CHECKING:
@@ -152,15 +154,24 @@ def sample(
 
     --out FOLDER/ gets one file a sample; repeated, only those that are missing are drawn.
     """
-    from genssm import files
-    from genssm.checkpoint import CheckpointError
-
     _check_out(out, as_json)
     if out is not None and (out.endswith(os.sep) or Path(out).is_dir()):
         _sample_to_folder(context, Path(out))
         return
+    with ExitStack() as start:  # closed by the first piece
+        rest_collector(start)
+        _sample(context, start)
+
+
+def _sample(context: typer.Context, start: ExitStack) -> None:
+    from genssm import files
+    from genssm.checkpoint import CheckpointError
+
+    options = context.params
+    out, force, as_json = options["out"], options["force"], options["as_json"]
+    quiet, save_state = options["quiet"], options["save_state"]
     try:
-        job = _repeated(context) if like else _requested(context)
+        job = _repeated(context) if options["like"] else _requested(context)
         pipe, plan = job.pipe, job.plan
         count = len(plan.indices) // job.request.rank
         output = files.Output(pipe, out, count, force, job.prompt, job.pause)
@@ -176,11 +187,12 @@ def sample(
     lost: list[OSError] | None = None if save_state is None else []
     if live:
         _write(pipe.codec.decode(plan.tokens[: pipe.codec.whole(plan.tokens)]), lost)
-    waiting = threading.Timer(PATIENCE, note, [FIRST_USE, quiet or as_json])
-    waiting.daemon = True
     if pipe.engine_name.startswith("cpu"):
+        waiting = threading.Timer(PATIENCE, note, [FIRST_USE, quiet or as_json])
+        waiting.daemon = True
         waiting.start()
-    drawn, interrupted = _draw(sessions, live, waiting.cancel, lost)
+        start.callback(waiting.cancel)
+    drawn, interrupted = _draw(sessions, live, start.close, lost)
     samples = pipe.best([s for session in drawn for s in session.samples()], job.request)
     try:
         _deliver(samples, output, as_json, live)

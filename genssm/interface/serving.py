@@ -8,10 +8,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import NoReturn
 
-from genssm.interface.house import House
+from genssm.startup import rest_collector
 
 
 def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = False) -> None:
@@ -19,14 +19,18 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     Raises CheckpointError for a model that cannot be loaded, OSError for a port that is taken.
     """
-    house = House(models)
-    house.warm_up()  # compiles on a second core while Gradio is imported on the first
+    with ExitStack() as start:
+        rest_collector(start)
+        from genssm.interface.house import House
 
-    from genssm.interface.page import build_page, launch
+        house = House(models)
+        house.warm_up()  # compiles on a second core while Gradio is imported on the first
+        from genssm.interface.page import build_page, launch
 
-    _keep_private()
+        _keep_private()
+        page = build_page(house)
     try:
-        launch(build_page(house), port=port, share=share)
+        launch(page, port=port, share=share)
     except OSError as error:
         if port is None or "empty port" not in str(error):
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genssm import checkpoint as checkpoints
+from genssm.folders import shipped_folders
 
 CARDS = Path(__file__).parent / "models"
 BEGIN, END = "<!-- facts of config.json -->\n", "<!-- end of the facts -->\n"
@@ -89,7 +90,7 @@ def filled(card: str, facts: str) -> str:
 
 def main() -> None:
     """Fill every card."""
-    for name, folder in checkpoints.shipped_folders().items():
+    for name, folder in shipped_folders().items():
         file = CARDS / f"{name}.md"
         file.write_text(filled(file.read_text(), table(folder)))
 

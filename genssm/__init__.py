@@ -8,10 +8,11 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genssm.checkpoint import Checkpoint, CheckpointError
+    from genssm.checkpoint import Checkpoint
     from genssm.config import ModelConfig
     from genssm.conversion import to_recurrent
     from genssm.files import read_recipe, write_samples
+    from genssm.folders import CheckpointError
     from genssm.layers import LSSL, S4, S4D
     from genssm.model import SequenceModel
     from genssm.pipeline import Pipeline, load
@@ -46,7 +47,7 @@ _HOMES = {
     "S4": "genssm.layers",
     "S4D": "genssm.layers",
     "Checkpoint": "genssm.checkpoint",
-    "CheckpointError": "genssm.checkpoint",
+    "CheckpointError": "genssm.folders",
     "ModelConfig": "genssm.config",
     "SequenceModel": "genssm.model",
     "to_recurrent": "genssm.conversion",

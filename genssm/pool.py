@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import cache
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+class Pool:
+    """Threads that are kept: as many as were ever needed at once.
+
+    The end of the process waits for none of them. An executor's threads are waited for, for ever
+    where an interruption came while one of them was started.
+    """
+
+    def __init__(self, purpose: str) -> None:
+        self._purpose = purpose
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, function: Callable[[], R]) -> Future[R]:
+        """Call it in another thread, at once."""
+        future: Future[R] = Future()
+        self._calls.put((future, function))
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._work, name=f"genssm {self._purpose}", daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            _answer(*self._calls.get())
+            self._idle.release()
+
+
+def _answer(future: Future[R], function: Callable[[], R]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
 @cache
-def pool(purpose: str) -> ThreadPoolExecutor:
-    """Threads that are kept for a purpose: as many as were ever needed at once, up to 256."""
-    return ThreadPoolExecutor(256, thread_name_prefix=f"genssm {purpose}")
+def pool(purpose: str) -> Pool:
+    """The threads for a purpose."""
+    return Pool(purpose)
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of the threads of its parent

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -353,7 +354,7 @@ def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:
     others: list[Future[None]] = []
     try:
         for member in range(1, threads):
-            others.append(pool("team").submit(run, member))
+            others.append(pool("team").submit(partial(run, member)))
         run(0)
     except BaseException:
         gate[8] = 1  # an interruption, before all could meet

@@ -23,6 +23,7 @@ from genssm.batches import Batch
 from genssm.distributed import World, joined
 from genssm.evaluate import evaluate
 from genssm.finite import NotFiniteError
+from genssm.folders import check_replaceable
 from genssm.model import SequenceModel
 from genssm.optim import build_optimizers, rate, scale_rates
 from genssm.preparation import TOKENIZER, build_codec, kept_tokenizer, load_weights, prepare
@@ -153,7 +154,7 @@ def _begin(
         raise ValueError(f"{str(out)!r} holds no training to resume")
     if resume and start is not None:
         raise ValueError("a resumed training goes on from its own weights, not from a checkpoint")
-    checkpoints.check_replaceable(out / _CHECKPOINT)
+    check_replaceable(out / _CHECKPOINT)
     if resume:  # before anything in ``out``, such as the tokenizer, is made anew
         training_state.check(out, recipe)
     return checkpoints.load(start) if isinstance(start, str) else start

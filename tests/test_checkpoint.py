@@ -13,9 +13,11 @@ import safetensors.torch
 import torch
 
 from genssm import checkpoint as checkpoints
-from genssm.checkpoint import Checkpoint, CheckpointError
+from genssm import folders
+from genssm.checkpoint import Checkpoint
 from genssm.codec import Image
 from genssm.config import ModelConfig
+from genssm.folders import CheckpointError
 from genssm.model import SequenceModel
 
 MakeCheckpoint = Callable[[str], Checkpoint]
@@ -115,13 +117,13 @@ def test_nothing_in_a_checkpoint_is_a_pickle(
 def test_shipped_names_folders_and_text_paths_are_found(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(checkpoints, "shipped_folders", lambda: {"tiny": saved})
+    monkeypatch.setattr(folders, "shipped_folders", lambda: {"tiny": saved})
     for name in ("tiny", saved, str(saved)):
         assert checkpoints.load(name).model.config.d_model == (12,)
 
 
 def test_unknown_name_suggests_the_nearest(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoints, "shipped_folders", lambda: {"cifar10": saved, "wiki": saved})
+    monkeypatch.setattr(folders, "shipped_folders", lambda: {"cifar10": saved, "wiki": saved})
     with pytest.raises(CheckpointError, match="no model 'cifar'; did you mean 'cifar10'") as raised:
         checkpoints.load("cifar")
     assert "known: cifar10, wiki" in str(raised.value)

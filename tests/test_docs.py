@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from genssm.checkpoint import shipped_folders
+from genssm.folders import shipped_folders
 
 DOCS = Path(__file__).parent.parent / "docs"
 

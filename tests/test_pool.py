@@ -1,7 +1,11 @@
 """Work that is shared out among threads."""
 
+import gc
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -79,3 +83,40 @@ def test_an_error_ends_what_has_begun_and_begins_no_more(wrong: int) -> None:
     assert sorted(begun)[:2] == [0, 1]
     assert sorted(ended) == sorted(set(begun) - {wrong})
     assert len(begun) < 10
+
+
+def test_an_interruption_while_a_thread_starts_keeps_no_process_from_its_end() -> None:
+    program = """
+import threading
+from genssm.pool import in_threads
+
+start = threading.Thread.start
+
+def interrupted(thread):
+    start(thread)
+    raise KeyboardInterrupt
+
+threading.Thread.start = interrupted
+try:
+    in_threads(abs, [-1, -2], 2)
+except KeyboardInterrupt:
+    print("interrupted")
+threading.Thread.start = start
+print(in_threads(abs, [-3, -4, -5], 2))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stdout == "interrupted\n[3, 4, 5]\n"
+
+
+def test_what_has_been_done_is_not_kept() -> None:
+    class Large:
+        pass
+
+    large = Large()
+    gone = weakref.ref(large)
+    assert in_threads(lambda item: item is not None, [large] * 4, 2) == [True] * 4
+    del large
+    gc.collect()
+    assert gone() is None

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import genssm
-from genssm.checkpoint import shipped_folders
 from genssm.conversion import certify
+from genssm.folders import shipped_folders
 from genssm.pipeline import Pipeline
 
 NAMES = ("wiki", "cifar10", "digits")

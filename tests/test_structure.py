@@ -15,6 +15,7 @@ ORDER = (
     "terminal",
     "startup",
     "disk",
+    "folders",
     "distributed",
     "ssm",
     "hippo",
@@ -156,6 +157,11 @@ def run(code: str) -> str:
 
 def test_importing_the_package_does_not_import_torch() -> None:
     assert run("import sys, genssm, genssm.cli; print('torch' in sys.modules)") == "False\n"
+
+
+def test_listing_the_shipped_models_does_not_import_torch() -> None:
+    code = "from genssm.commands.measuring import models; models(); print('torch' in sys.modules)"
+    assert run(f"import sys; {code}").splitlines()[-1] == "False"
 
 
 def test_the_sampling_loop_is_compiled_before_gradio_is_imported() -> None:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+from genssm.disk import replace_file
+from genssm.folders import UnknownModelError
 from genssm.terminal import note, write_nowhere
 
 P = ParamSpec("P")
@@ -58,8 +60,6 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except MemoryError:
             _fail(NO_MEMORY, FAILED)
         except (ValueError, OSError) as error:
-            from genssm.checkpoint import UnknownModelError
-
             _fail(told(error), USAGE if isinstance(error, UnknownModelError) else FAILED)
         except RuntimeError as error:
             if not any(words in str(error) for words in ("allocate memory", "out of memory")):
@@ -85,8 +85,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr."
 
 def write_facts(out: Path | None, facts: dict[str, Any]) -> None:
     """As JSON, where that is wanted."""
-    from genssm.disk import replace_file
-
     if out is not None:
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(out, lambda file: file.write_text(text))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from genssm.commands.console import Json, Model, Quiet, UsageError, command
+from genssm.folders import record_metric, shipped_folders
 from genssm.terminal import note
 
 if TYPE_CHECKING:
@@ -106,7 +107,6 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure exact likelihood (bits per byte, dimension or sample), or the quality of samples."""
-    from genssm.checkpoint import record_metric
     from genssm.pipeline import load
     from genssm.sample_quality import classification_accuracy, evaluate_samples
     from genssm.sources import read_examples, split_of
@@ -171,8 +171,6 @@ def _check_record(record: str | None) -> None:
 @command
 def models(as_json: Json = False) -> None:
     """List the shipped models."""
-    from genssm.checkpoint import shipped_folders
-
     for name, folder in shipped_folders().items():
         config = json.loads((folder / "config.json").read_text())
         size = sum(f.stat().st_size for f in folder.iterdir())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genssm.commands.console import Force, Json, Quiet, UsageError, command
+from genssm.folders import CheckpointError, local_folder
 from genssm.startup import rest_collector
 from genssm.terminal import harmless, note, write_nowhere
 
@@ -165,7 +166,6 @@ def sample(
 
 def _sample(context: typer.Context, start: ExitStack) -> None:
     from genssm import files
-    from genssm.checkpoint import CheckpointError
 
     options = context.params
     out, force, as_json = options["out"], options["force"], options["as_json"]
@@ -304,7 +304,6 @@ def _requested(context: typer.Context) -> _Job:
 def _repeated(context: typer.Context) -> _Job:
     """``--like``: the recipe decides all; ``--model`` and ``--state`` may say where things are."""
     from genssm import files, pipeline
-    from genssm.checkpoint import local_folder
     from genssm.request import Request
 
     options = context.params

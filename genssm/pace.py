@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from genssm.pool import Forkable
+
 GROUP = 8  # samples that a thread steps side by side, where that is faster than all at once
 TEAM = 4  # threads that may share the columns of every vector
+
+_lock = Forkable()  # of all paces: what they do is short
 
 
 class Way(Enum):
@@ -75,7 +77,7 @@ class Pace:
 
         A short block is not worth waking threads, or moving samples.
         """
-        with _Lock.held:
+        with _lock.held:
             if steps < self.SHORT:
                 return self.way if self.way.divides and not whole else Way.WHOLE
             if self._done >= self._patience and not self._turns and len(self.options) > 1:
@@ -87,7 +89,7 @@ class Pace:
         """What ``choose`` said, and what came of it."""
         if steps < self.SHORT:
             return
-        with _Lock.held:
+        with _lock.held:
             if way in self._turns:
                 self._turns[way].append(seconds / steps)
                 self._compare()
@@ -114,17 +116,3 @@ class Pace:
         self._patience = min(max(longer, self.SOON), self.LONGEST)
         self.way, self._usual, self._slow, self._done = best, times[best], 0, 0
         self._turns = {}
-
-
-class _Lock:
-    """Of all paces: what they do is short."""
-
-    held = threading.Lock()
-
-
-def _after_fork() -> None:
-    _Lock.held = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
-    os.register_at_fork(after_in_child=_after_fork)

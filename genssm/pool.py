@@ -55,8 +55,24 @@ def pool(purpose: str) -> Pool:
     return Pool(purpose)
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of the threads of its parent
-    os.register_at_fork(after_in_child=pool.cache_clear)
+def _in_every_child(renew: Callable[[], None]) -> None:
+    """A forked child has none of the threads of its parent, nor who held a lock."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+
+
+_in_every_child(pool.cache_clear)
+
+
+class Forkable:
+    """A lock, ``held``, that is free in a forked child."""
+
+    def __init__(self) -> None:
+        self._renew()
+        _in_every_child(self._renew)
+
+    def _renew(self) -> None:
+        self.held = threading.Lock()
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:

@@ -6,7 +6,6 @@ Prompts are still read by the converted model, in parallel.
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from genssm.distributed import default_device
 from genssm.memory import Array, Memory, Room, region, zeros
 from genssm.model import RecurrentModel, State
 from genssm.pace import TEAM, Pace, Way
-from genssm.pool import pool
+from genssm.pool import Forkable, pool
 from genssm.program import compile_model
 from genssm.sampling import SamplingConfig
 from genssm.stepping import EXACT, Draws, UnsupportedError
@@ -39,6 +38,7 @@ WEIGHTS = ("bf16", EXACT, "int8")  # the default first
 # samples of one are not always those of the other, so recipes name it.
 INT8 = ("int8-24", "int8-16")
 SCORED = 256  # tokens scored by one call, whose end an interruption waits for
+_forming = Forkable()  # by the team that is at work
 
 
 def choose(model: RecurrentModel, kind: str = "auto", weights: str = WEIGHTS[0]) -> Stepper:
@@ -321,32 +321,20 @@ class CompiledModel:
 Stepper = RecurrentModel | CompiledModel | CapturedModel
 
 
-class _Team:
-    """Threads that step one batch: one team at a time, so that none waits for another's members."""
-
-    forming = threading.Lock()
-
-
 @contextmanager
 def team(threads: int) -> Iterator[int]:
-    """How many of so many threads may step one batch now: one, while there is another team."""
+    """How many of so many threads may step one batch now: one, while there is another team.
+
+    So no team waits for another's members.
+    """
     threads = min(threads, TEAM)
-    if threads == 1 or not _Team.forming.acquire(blocking=False):
+    if threads == 1 or not _forming.held.acquire(blocking=False):
         yield 1
         return
     try:
         yield threads
     finally:
-        _Team.forming.release()
-
-
-def _after_fork() -> None:
-    """No team of the parent is under way in its child."""
-    _Team.forming = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+        _forming.held.release()
 
 
 def _as_team(run: Callable[[int], None], threads: int, gate: Array) -> None:

@@ -826,15 +826,15 @@ def test_a_child_forms_a_team_of_its_own() -> None:
     """Where it was forked, the threads of its parent's are gone."""
     code = (
         "import multiprocessing, numpy as np\n"
-        "from genssm.pace import _Lock\n"
-        "from genssm.stepper import _as_team, _Team\n"
+        "from genssm.pace import _lock\n"
+        "from genssm.stepper import _as_team, _forming\n"
         "def meet():\n"
         "    met = []\n"
-        "    with _Lock.held, _Team.forming: _as_team(met.append, 2, np.zeros(16, np.int64))\n"
+        "    with _lock.held, _forming.held: _as_team(met.append, 2, np.zeros(16, np.int64))\n"
         "    print(sorted(met), flush=True)\n"
         "meet()\n"
         "child = multiprocessing.get_context('fork').Process(target=meet)\n"
-        "with _Lock.held, _Team.forming: child.start()\n"
+        "with _lock.held, _forming.held: child.start()\n"
         "child.join(20); child.kill()"
     )
     run = subprocess.run(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def rest_collector(start: ExitStack) -> None:
-    """Look for no garbage until ``start`` is closed, and never among what was there by then.
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Look for no garbage meanwhile, and never among what is there at the end of it.
 
     Modules that load make next to no garbage but hundreds of thousands of objects, which the
     collector would walk over again and again: a third of the time to a first token. It does not
     come back to them later, either, where it would hold up what is being drawn.
     """
-    if gc.isenabled():
-        gc.disable()
-        start.callback(gc.enable)
-        start.callback(gc.freeze)
+    if not gc.isenabled():  # its user's choice
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

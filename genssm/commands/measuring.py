@@ -12,6 +12,7 @@ import typer
 
 from genssm.commands.console import Json, Model, Quiet, UsageError, command
 from genssm.folders import record_metric, shipped_folders
+from genssm.startup import collector_at_rest
 from genssm.terminal import note
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @command
+@collector_at_rest()
 def score(
     source: Annotated[
         str,
@@ -188,6 +190,7 @@ def models(as_json: Json = False) -> None:
 
 
 @command
+@collector_at_rest()
 def inspect(
     name: Annotated[str, typer.Argument(help="Shipped name, checkpoint folder or Hub id.")],
     as_json: Json = False,

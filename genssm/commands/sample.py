@@ -17,7 +17,7 @@ import typer
 
 from genssm.commands.console import Force, Json, Quiet, UsageError, command
 from genssm.folders import CheckpointError, local_folder
-from genssm.startup import rest_collector
+from genssm.startup import collector_at_rest
 from genssm.terminal import harmless, note, write_nowhere
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def sample(
         _sample_to_folder(context, Path(out))
         return
     with ExitStack() as start:  # closed by the first piece
-        rest_collector(start)
+        start.enter_context(collector_at_rest())
         _sample(context, start)
 
 

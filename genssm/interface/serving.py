@@ -8,10 +8,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import NoReturn
 
-from genssm.startup import rest_collector
+from genssm.startup import collector_at_rest
 
 
 def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = False) -> None:
@@ -19,8 +19,7 @@ def serve(models: Sequence[str] = (), *, port: int | None = None, share: bool = 
 
     Raises CheckpointError for a model that cannot be loaded, OSError for a port that is taken.
     """
-    with ExitStack() as start:
-        rest_collector(start)
+    with collector_at_rest():
         from genssm.interface.house import House
 
         house = House(models)

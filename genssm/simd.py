@@ -37,7 +37,10 @@ SILU, GATE, ADD, POOL, LOGISTICS, RECALL, PROGRESS = range(8, 15)
 SERIAL = (EMBED, TOKEN, TAPS, POSITION, LOGISTICS, RECALL, PROGRESS)
 NEVER = np.float32(-1e30)  # the logit of padding, which is no token
 
-_OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+# A large function with a single caller is compiled as a piece of that, not by itself as well.
+_PIECE: Any = {"inline": "always", **_OPTIONS}
+_ENTRY: Any = {"cache": True, **_OPTIONS}  # keeps all that it calls
 intrinsic: Any = extending.intrinsic  # what it returns takes one argument less than it decorates
 f32 = np.float32
 
@@ -1083,7 +1086,7 @@ def enter_pool(work, x, width, group, queue, stride, phase, batch, begin, finish
             store(work, x + b * width + i, add(u, load(work, queue + place + i)))
 
 
-@njit(**_OPTIONS)
+@njit(**_PIECE)
 def serially(
     code, constants, table, taps, work, words, x, y, width, size, extra, more, last, history,
     tokens, t, reads, positions, scratch,
@@ -1110,7 +1113,7 @@ def serially(
                       more, scratch)  # fmt: skip
 
 
-@njit(**_OPTIONS)
+@njit(**_PIECE)
 def advance(  # noqa: PLR0912
     program, abreast, kind, matrices, constants, taps, work, words, digits, history, tokens, t,
     reads, positions, scratch, member, members, gate,
@@ -1292,7 +1295,7 @@ def log_sum(logits, first, size, width, weights):
     return np.log(_summed(weights, size)) + most
 
 
-@njit(**_OPTIONS)
+@njit(**_PIECE)
 def draw(
     logits, first, other, size, width, settings, seen, uniform, weights, keys, changed, histogram
 ):  # fmt: skip
@@ -1331,7 +1334,7 @@ def draw(
     return token, (whole - logits[first + token]) / np.log(2.0)
 
 
-@njit(**_OPTIONS)
+@njit(**_ENTRY)
 def run(
     program, abreast, kind, matrices, constants, taps, work, words, digits, history, positions,
     reads, logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from genssm.session import Sample, Session
 
 PATIENCE = 3.0  # seconds without a piece after which one is told why
-FIRST_USE = "the first sample on a machine compiles the sampling loop, about 15 seconds …"
+FIRST_USE = "the first sample on a machine compiles the sampling loop, about 10 seconds …"
 
 
 @command

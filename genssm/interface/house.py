@@ -25,7 +25,7 @@ PATIENCE = 0.2  # seconds between two looks at the line
 LARGEST_SEED = 2**32 - 1  # that the box for it takes
 
 READING = "reading the prompt …"
-FIRST = "compiling the sampling loop, once on a machine: 10 to 20 seconds …"
+FIRST = "compiling the sampling loop, once on a machine: 5 to 15 seconds …"
 
 
 class RefusedError(ValueError):

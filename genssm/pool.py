@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -37,16 +37,20 @@ class Pool:
 
     def _work(self) -> None:
         while True:
-            _answer(*self._calls.get())
-            self._idle.release()
+            tell = _outcome(*self._calls.get())
+            self._idle.release()  # before its caller is told, who may come again at once
+            tell()
+            del tell
 
 
-def _answer(future: Future[R], function: Callable[[], R]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
+def _outcome(future: Future[R], function: Callable[[], R]) -> Callable[[], None]:
+    """Call the function; gives what tells of it."""
+    if not future.set_running_or_notify_cancel():
+        return lambda: None
+    try:
+        return partial(future.set_result, function())
+    except BaseException as error:
+        return partial(future.set_exception, error)
 
 
 @cache

@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 import weakref
+from queue import SimpleQueue
 
 import pytest
 
-from genssm.pool import in_threads
+from genssm.pool import Pool, in_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
@@ -64,6 +65,14 @@ def test_threads_are_kept_and_no_more_than_were_needed() -> None:
     assert threading.active_count() == before
 
 
+def test_who_comes_again_at_once_finds_the_same_thread() -> None:
+    pool, go, again = Pool("test"), threading.Event(), SimpleQueue()
+    first = pool.submit(lambda: (go.wait(20), threading.get_ident())[1])
+    first.add_done_callback(lambda _: again.put(pool.submit(threading.get_ident)))
+    go.set()
+    assert first.result(20) == again.get(timeout=20).result(20)
+
+
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_an_error_ends_what_has_begun_and_begins_no_more(wrong: int) -> None:
     """Whichever thread it is in."""
@@ -88,7 +97,7 @@ def test_an_error_ends_what_has_begun_and_begins_no_more(wrong: int) -> None:
 def test_an_interruption_while_a_thread_starts_keeps_no_process_from_its_end() -> None:
     program = """
 import threading
-from genssm.pool import in_threads
+from genssm.pool import Pool, in_threads
 
 start = threading.Thread.start
 

@@ -97,7 +97,7 @@ def test_an_error_ends_what_has_begun_and_begins_no_more(wrong: int) -> None:
 def test_an_interruption_while_a_thread_starts_keeps_no_process_from_its_end() -> None:
     program = """
 import threading
-from genssm.pool import Pool, in_threads
+from genssm.pool import in_threads
 
 start = threading.Thread.start
 

@@ -17,6 +17,7 @@ from genssm.commands.console import (
     write_facts,
 )
 from genssm.commands.training import Changes, RecipeName, recipe_of
+from genssm.disk import replace_file
 
 Figures = Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")]
 
@@ -77,7 +78,6 @@ def sampling(
     import torch
 
     from genssm import cuda_benchmark, sampling_benchmark
-    from genssm.disk import replace_file
 
     for file in (out, plot):
         check_new(file, force)

@@ -48,12 +48,12 @@ class Program:
     digits: int  # the region for ``simd.quantize``
 
 
-def compile_model(model: RecurrentModel, simd: Any, kind: str, fours: bool) -> Program:
+def compile_model(model: RecurrentModel, simd: Any, kind: str, beside: int, fours: bool) -> Program:
     """The program of a model, its weights packed as ``kind``: see ``pack``.
 
     ``simd``: the module of that name. Raises UnsupportedError for what it has no operation for.
     """
-    config, program = model.config, _Builder(simd, kind, fours)
+    config, program = model.config, _Builder(simd, kind, beside, fours)
     widest = whole_panels(max(config.d_model))
     x = program.reserve(config.d_model[0])
     room = (
@@ -87,8 +87,12 @@ def pad_parts(weight: Array, parts: tuple[int, int]) -> Array:
     return padded.reshape(parts[0] * rows, parts[1] * columns)
 
 
-def pack(weight: Array, kind: str, fours: bool = False) -> tuple[Array, list[Array]]:
+def pack(
+    weight: Array, kind: str, beside: int = 1, fours: bool = False
+) -> tuple[Array, list[Array]]:
     """A matrix (O, I), O a multiple of 32 → panels of 32 outputs as bytes, and constants (O,).
+
+    Of every ``beside`` panels the weights of an input lie side by side; of what remains, too.
 
     The constants are the scales of the rows. bf16: rounded to the nearest; word j holds outputs j
     (low half) and j + 16 of a panel. int8: each row over its scale, which is its largest magnitude
@@ -110,7 +114,8 @@ def pack(weight: Array, kind: str, fours: bool = False) -> tuple[Array, list[Arr
         rounded = torch.from_numpy(np.ascontiguousarray(panels)).bfloat16()
         bits = rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
         panels = bits[..., 16:] << 16 | bits[..., :16]
-    return np.ascontiguousarray(panels).reshape(-1).view(np.uint8), constants
+    groups = (panels[i : i + beside] for i in range(0, len(panels), beside))
+    return np.concatenate([g.swapaxes(0, 1).reshape(-1) for g in groups]).view(np.uint8), constants
 
 
 @dataclass
@@ -119,6 +124,7 @@ class _Builder:
 
     simd: Any
     kind: str
+    beside: int  # panels side by side, and
     fours: bool  # int8 weights meet whole numbers: see ``pack``
     size: int = 0  # floats a row of the batch needs
     lines: list[list[int]] = field(default_factory=list)
@@ -177,7 +183,7 @@ class _Builder:
         for weight in weights:
             padded = pad_parts(weight, parts)
             width, inputs = padded.shape
-            packed, constants = pack(padded, self.kind, self.fours)
+            packed, constants = pack(padded, self.kind, self.beside, self.fours)
             self.matrices.append(packed)
             self.n_bytes += packed.size
             blocks = bias.reshape(parts[0], -1)

@@ -95,14 +95,27 @@ def int8_kinds() -> dict[int, int]:
     return by_bits | {16: PAIRS} if multiplies_bytes() else {16: PAIRS} | by_bits
 
 
-def panels_abreast() -> int:
+def panels_abreast(kind: int) -> int:
     """Panels whose sums fit the registers, with weights and a value: those of AVX-512 hold four.
 
     Those of AVX2 (16 of 8 floats) and NEON (32 of 4) hold two.
     """
+    if kind == DIGITS:
+        return DIGITS_ABREAST
+    if kind == PAIRS:
+        return PAIRS_ABREAST
     if compiles_for("avx512f"):
         return 4
     return 2 if compiles_for("avx2") or platform.machine() in ("arm64", "aarch64") else 1
+
+
+def side_by_side(kind: int, abreast: int) -> int:
+    """Panels that share a group: first the weights of an input in all of them, then of the next.
+
+    So one sample reads the weights in a single sequence, which is faster than four. Those of FP32
+    are two cache lines anyhow, and a few samples read them faster panel by panel.
+    """
+    return 1 if kind == FP32 else abreast
 
 
 # Vector operations: each intrinsic is one LLVM instruction or two.
@@ -394,18 +407,20 @@ def _loop(
 
 
 def _sums(
-    builder: Any, kind: int, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
-) -> list[Any]:
+    builder: Any, kind: int, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any,
+    inputs: Any,
+) -> list[Any]:  # fmt: skip
     """Σ_i weight[panel, i] x[row, i] by panel, row and half; the loop over i, in this order."""
-    size = _I64(PANEL_BYTES[kind])
 
     def body(i: Any, sums: list[Any]) -> list[Any]:
         places = [builder.add(builder.mul(stride, _I64(row)), i) for row in range(rows)]
         values = [_splat(builder, builder.load(builder.gep(x, [place]))) for place in places]
         result = []
         for panel in range(panels):
-            skipped = builder.mul(builder.mul(inputs, _I64(panel)), size)
-            offset = builder.add(skipped, builder.mul(i, size))
+            if kind == FP32:  # no panels side by side
+                offset = builder.mul(builder.add(builder.mul(inputs, _I64(panel)), i), _I64(128))
+            else:
+                offset = builder.add(builder.mul(i, apart), _I64(panel * PANEL_BYTES[kind]))
             pair = _weights(builder, kind, builder.gep(matrix, [offset]))
             for value in values:
                 result += [_fma(builder, w, value, sums[len(result) + half])
@@ -434,14 +449,13 @@ def _add_products(builder: Any, sums: Any, digits: Any, weights: Any) -> Any:
 
 
 def _sums_of_digits(
-    builder: Any, halves: tuple[int, ...], rows: int, panels: int, matrix: Any, x: Any, stride: Any,
-    inputs: Any, offsets: Any,
+    builder: Any, halves: tuple[int, ...], rows: int, panels: int, matrix: Any, apart: Any, x: Any,
+    stride: Any, inputs: Any, offsets: Any,
 ) -> list[Any]:  # fmt: skip
     """``_sums`` of the rows that ``quantize`` makes: whole numbers, summed exactly.
 
     Every digit of four inputs meets their weights in one instruction. Of a panel some ``halves``.
     """
-    size = _I64(4 * PANEL_BYTES[DIGITS])
     start = []
     for panel in range(panels):
         for _ in range(rows):
@@ -459,8 +473,8 @@ def _sums_of_digits(
                 digits.append(builder.bitcast(_splat(builder, word), _ALL_BYTES))
         result = []
         for panel in range(panels):
-            skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(PANEL_BYTES[DIGITS]))
-            address = builder.gep(matrix, [builder.add(skipped, builder.mul(group, size))])
+            offset = builder.add(builder.mul(group, apart), _I64(panel * 4 * PANEL_BYTES[DIGITS]))
+            address = builder.gep(matrix, [offset])
             parts = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in halves]
             for row in range(rows):
                 for weights in parts:
@@ -484,14 +498,13 @@ def _sums_of_digits(
 
 
 def _sums_of_pairs(
-    builder: Any, rows: int, panels: int, matrix: Any, x: Any, stride: Any, inputs: Any
+    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any, inputs: Any
 ) -> list[Any]:
     """``_sums`` of the rows that ``quantize`` makes of 16-bit numbers, summed exactly.
 
     A word has the weights of four inputs of an output. The first and the third meet their inputs
     in one instruction, the second and the fourth in another.
     """
-    size = _I64(4 * PANEL_BYTES[PAIRS])
     words, pair = ir.VectorType(_I32, LANES // 2), ir.VectorType(ir.IntType(16), LANES)
     byte = ir.Constant(pair, [8] * LANES)
 
@@ -504,8 +517,8 @@ def _sums_of_pairs(
                 factors.append(builder.bitcast(_splat(builder, word, LANES // 2), pair))
         result = []
         for panel in range(panels):
-            skipped = builder.mul(builder.mul(inputs, _I64(panel)), _I64(PANEL_BYTES[PAIRS]))
-            address = builder.gep(matrix, [builder.add(skipped, builder.mul(group, size))])
+            offset = builder.add(builder.mul(group, apart), _I64(panel * 4 * PANEL_BYTES[PAIRS]))
+            address = builder.gep(matrix, [offset])
             parts = [_load(builder, address, _I64(32 * part), pair) for part in range(4)]
             weights = [
                 (builder.ashr(builder.shl(part, byte), byte), builder.ashr(part, byte))
@@ -535,20 +548,22 @@ def _sums_of_pairs(
 
 def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
     """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
-    matrix, x, stride, inputs, y, outputs, table = places
+    matrix, apart, x, stride, inputs, y, outputs, table = places
+    if panels == 4:  # all of a group; loads at constant distances stay in order
+        apart = _I64(4 * PANEL_BYTES[kind] * (4 if kind in (DIGITS, PAIRS) else 1))
     if kind == DIGITS:
         offsets = builder.gep(table, [builder.mul(outputs, _I64(2))])
         found = [
             value
             for halves in HALVES
             for value in _sums_of_digits(
-                builder, halves, rows, panels, matrix, x, stride, inputs, offsets
+                builder, halves, rows, panels, matrix, apart, x, stride, inputs, offsets
             )
         ]
     elif kind == PAIRS:
-        found = _sums_of_pairs(builder, rows, panels, matrix, x, stride, inputs)
+        found = _sums_of_pairs(builder, rows, panels, matrix, apart, x, stride, inputs)
     else:
-        found = _sums(builder, kind, rows, panels, matrix, x, stride, inputs)
+        found = _sums(builder, kind, rows, panels, matrix, apart, x, stride, inputs)
     sums = iter(found)
     for panel in range(panels):
         for row in range(rows):
@@ -565,7 +580,7 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 # sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
 # 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
 # Pairs have one sum each, so that two panels or two rows fit the 16 registers of AVX2.
-TILES = ((8, 1), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
+TILES = ((8, 1), (4, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
 DIGITS_ABREAST, PAIRS_ABREAST = 4 if compiles_for("avx512vnni") else 1, 2
 HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))
 KINDS = sorted({FP32, BF16, INT8, *int8_kinds().values()})
@@ -573,24 +588,25 @@ KINDS = sorted({FP32, BF16, INT8, *int8_kinds().values()})
 
 @intrinsic
 def tile(
-    typing, rows, panels, kind, matrices, matrix, work, x, stride, inputs, y, outputs, constants,
-    table,
+    typing, rows, panels, kind, matrices, matrix, apart, work, x, stride, inputs, y, outputs,
+    constants, table,
 ):  # fmt: skip
     """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
     results and the biases begin; scales lie ``outputs`` behind the biases, the start of the highest
-    digit's sums another ``outputs`` behind. Rows of x begin ``stride`` apart, of y ``outputs``.
+    digit's sums another ``outputs`` behind. Weights of an input, or of four that lie together, are
+    ``apart`` bytes from the next. Rows of x begin ``stride`` apart, of y ``outputs``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (
-            rows, panels, kind, matrices, matrix, work, x, stride, inputs, y, outputs, constants,
-            table,
+            rows, panels, kind, matrices, matrix, apart, work, x, stride, inputs, y, outputs,
+            constants, table,
         ) = arguments  # fmt: skip
         matrix = builder.gep(_data(context, builder, signature.args[3], matrices), [matrix])
-        memory = _data(context, builder, signature.args[5], work)
-        table = builder.gep(_data(context, builder, signature.args[11], constants), [table])
+        memory = _data(context, builder, signature.args[6], work)
+        table = builder.gep(_data(context, builder, signature.args[12], constants), [table])
         x, y = builder.gep(memory, [x]), builder.gep(memory, [y])
-        places = (matrix, x, stride, inputs, y, outputs, table)
+        places = (matrix, apart, x, stride, inputs, y, outputs, table)
         shape = builder.add(builder.mul(rows, _I64(8)), panels)
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
@@ -603,7 +619,7 @@ def tile(
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(n, n, n, matrices, n, work, n, n, n, n, n, constants, n), generate
+    return types.void(n, n, n, matrices, n, n, work, n, n, n, n, n, constants, n), generate
 
 
 @intrinsic
@@ -686,34 +702,41 @@ def linear(
 
     Of the outputs those from ``begin`` to ``finish``.
 
-    ``abreast``: tiles that fit the registers, see ``panels_abreast``. A sum runs over the inputs in
-    order whatever the tile. Four panels stay in the cache while they meet all rows.
-    ``digits``: room for ``quantize``.
+    ``abreast``: see ``panels_abreast``. A sum runs over the inputs in order whatever the tile. Four
+    panels stay in the cache while they meet all rows. ``digits``: room for ``quantize``.
     """
-    size = inputs * (128 if kind == FP32 else 64 if kind == BF16 else 32)  # bytes in a panel
+    own = 128 if kind == FP32 else 64 if kind == BF16 else 32  # bytes of an input in a panel
+    size = inputs * own
+    beside = 1 if kind == FP32 else abreast  # see ``side_by_side``
     most, stride = (8 if abreast == 4 else 2), inputs
     if kind in (DIGITS, PAIRS):
-        abreast = DIGITS_ABREAST if kind == DIGITS else PAIRS_ABREAST
-        stride, most = inputs + PANEL, abreast
+        own, stride, most = 4 * own, inputs + PANEL, abreast
         for row in range(batch):
             quantize(kind, work, x + row * inputs, inputs, digits + row * stride)
         x = digits
-    end = finish // PANEL
-    for first in range(begin // PANEL, end, 4):
+    first, end = begin // PANEL, finish // PANEL
+    while first < end:
+        last = min(first - first % 4 + 4, end)
         row = 0
         while row < batch:
             rows = most
             while rows > batch - row:
                 rows //= 2
-            together = max(1, abreast // rows)
-            panel, last = first, min(first + 4, end)
+            together = max(1, min(abreast, (most if beside > 1 else abreast) // rows))
+            panel = first
             while panel < last:
-                panels = together if panel + together <= last else 1
-                tile(rows, panels, kind, matrices, matrix + panel * size, work, x + row * stride,
-                     stride, inputs, y + row * outputs + panel * PANEL, outputs, constants,
+                group = panel - panel % beside
+                wide = min(beside, outputs // PANEL - group)
+                panels, following = together, min(group + wide, last) if beside > 1 else last
+                while panel + panels > following:
+                    panels //= 2
+                tile(rows, panels, kind, matrices, matrix + group * size + (panel - group) * own,
+                     wide * own, work, x + row * stride, stride, inputs,
+                     y + row * outputs + panel * PANEL, outputs, constants,
                      table + panel * PANEL)  # fmt: skip
                 panel += panels
             row += rows
+        first = last
 
 
 # Functions of vectors.

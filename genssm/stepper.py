@@ -116,7 +116,6 @@ class CompiledModel:
         self.model = model
         self.config, self.inputs = model.config, model.inputs
         self._simd: Any = load_kernels()
-        self._abreast = self._simd.panels_abreast()
         # How batches are stepped fastest, by ways, about how many samples, streams and threads.
         self.paces: dict[tuple[tuple[Way, ...], int, int, int], Pace] = {}
         self._thread = threading.local()  # room of each thread that steps
@@ -131,7 +130,9 @@ class CompiledModel:
         self._kind = kinds[self.stepped_weights]
         fours = self._kind in (self._simd.DIGITS, self._simd.PAIRS)
         kind = self.weights.partition("-")[0]
-        self._program = compile_model(model, self._simd, kind, fours)
+        self._abreast = self._simd.panels_abreast(self._kind)
+        beside = self._simd.side_by_side(self._kind, self._abreast)
+        self._program = compile_model(model, self._simd, kind, beside, fours)
         self._taps = np.array(self.config.taps, np.int64)
 
     def read(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:

@@ -144,7 +144,7 @@ def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, expected
         "from genssm.stepper import load_kernels; simd = load_kernels()\n"
         "names = {getattr(simd, name): name for name in ('INT8', 'DIGITS', 'PAIRS')}\n"
         "assert set(simd.int8_kinds().values()) <= set(simd.KINDS)\n"
-        "print(simd.panels_abreast(), *map(names.get, simd.int8_kinds().values()))"
+        "print(simd.panels_abreast(simd.FP32), *map(names.get, simd.int8_kinds().values()))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True,
@@ -243,7 +243,7 @@ def test_states_go_back_and_forth(
 @pytest.mark.parametrize("weights", TOLERANCE)
 @pytest.mark.parametrize("kind", ["isotropic", "pooled", "image"])
 def test_a_row_does_not_depend_on_its_company(
-    make_model: MakeModel, kind: str, weights: str
+    make_model: MakeModel, kind: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, in batches that use every tile, of large registers and small."""
     model = to_recurrent(make_model(kind, d_model=(40, 72, 136)[: 1 if kind == "isotropic" else 3]))
@@ -251,9 +251,12 @@ def test_a_row_does_not_depend_on_its_company(
     _, state, tokens = start(model, 64)
     everyone = compiled.load(state)
     expected = [compiled.step(token, everyone) for token in tokens]
-    for batch in (1, 3, 17):
-        for abreast in (4, 2, 1):
-            compiled._abreast = abreast
+    simd = load_kernels()
+    for abreast in (4, 2, 1):
+        if compiled._kind in (simd.FP32, simd.BF16, simd.INT8):  # others have tiles of one size
+            monkeypatch.setattr(simd, "panels_abreast", lambda kind, n=abreast: n)
+        compiled = CompiledModel(model, weights)
+        for batch in (1, 3, 17):
             memory = compiled.load(state.rows(torch.arange(batch)))
             for token, logits in zip(tokens, expected, strict=True):
                 assert torch.equal(compiled.step(token[:batch], memory), logits[:batch])
@@ -718,17 +721,19 @@ def test_generations_that_share_a_block_draw_what_they_would_alone(
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 def test_packed_weights_are_those_that_were_given(kind: str) -> None:
-    weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    """Of seven panels four are side by side, and the other three."""
+    weight = torch.randn(7 * 32, 5, generator=torch.Generator().manual_seed(0)).numpy()
     weight[3] = 0
-    packed, (scale,) = pack(weight, kind)
+    packed, (scale,) = pack(weight, kind, beside=4)
     if kind == "bf16":
-        words = packed.view(np.uint32).reshape(2, 5, 16)
-        halves = np.concatenate([words << 16, words & 0xFFFF0000], -1).view(np.float32)
+        words = packed.view(np.uint32).reshape(-1, 16)
+        lines = np.concatenate([words << 16, words & 0xFFFF0000], -1).view(np.float32)
         expected = torch.from_numpy(weight).bfloat16().float().numpy()
     else:
-        halves = packed.view({"fp32": np.float32, "int8": np.int8}[kind]).reshape(2, 5, 32)
+        lines = packed.view({"fp32": np.float32, "int8": np.int8}[kind]).reshape(-1, 32)
         expected = weight
-    unpacked = halves.swapaxes(1, 2).reshape(64, 5) * scale[:, None]
+    groups = lines[: 5 * 4].reshape(5, 4 * 32), lines[5 * 4 :].reshape(5, 3 * 32)
+    unpacked = np.concatenate(groups, 1).T * scale[:, None]
     tolerance = np.abs(weight).max(1, keepdims=True) / 254 * 1.001 if kind == "int8" else 0
     assert (np.abs(unpacked - expected) <= tolerance).all()
 
@@ -737,9 +742,13 @@ def test_whole_numbers_meet_weights_with_four_inputs_together() -> None:
     weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).numpy()
     plain, (scale,) = pack(weight, "int8")
     packed, (same, offset) = pack(weight, "int8", fours=True)
+    side_by_side, _ = pack(weight, "int8", beside=2, fours=True)
     whole = plain.view(np.int8).reshape(2, 8, 32)
     fours = packed.view(np.int8).reshape(2, 2, 32, 4)
     np.testing.assert_array_equal(fours.swapaxes(2, 3).reshape(2, 8, 32), whole)
+    np.testing.assert_array_equal(
+        side_by_side.view(np.int8).reshape(2, 2, 32, 4), fours.swapaxes(0, 1)
+    )
     np.testing.assert_array_equal(same, scale)
     sums = whole.swapaxes(1, 2).reshape(64, 8).sum(1, dtype=np.int64)
     np.testing.assert_array_equal(offset.view(np.int32), -128 * sums)

@@ -44,7 +44,7 @@ class Pipeline:
 
     Engines: "eager", the recurrence itself; "cpu", compiled; "auto", the faster of these; "cuda",
     batches on a GPU. Weights: "bf16", "fp32" or, for "cpu" only, "int8", which is the faster of
-    "int8-24" and "int8-16", by the bits of the activations. The eager engine has the model's own.
+    "int8-16" and "int8-24", by the bits of the activations. The eager engine has the model's own.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ def pack(
     The constants are the scales of the rows. bf16: rounded to the nearest; word j holds outputs j
     (low half) and j + 16 of a panel. int8: each row over its scale, which is its largest magnitude
     over 127. ``fours`` is int8 for ``simd.quantize``: four inputs of an output lie together, and
-    the second constant takes the 128 from the highest digits again, where there are digits.
+    the second constant takes the 128 from the high digits again, where there are digits.
     """
     scale = np.ones(len(weight), np.float32)
     if kind == "int8":

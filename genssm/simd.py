@@ -87,12 +87,11 @@ def multiplies_bytes() -> bool:
 def int8_kinds() -> dict[int, int]:
     """How int8 weights meet activations, by the bits of these, the fastest first.
 
-    As digits of 24 bits or, to rounding the same, as floats; or as pairs of 16 bits.
+    As whole numbers of 16 bits, whose sums are the same on every processor, or as floats.
     """
-    by_bits = {24: DIGITS if multiplies_bytes() else INT8}
     if not compiles_for("avx2"):
-        return by_bits
-    return by_bits | {16: PAIRS} if multiplies_bytes() else {16: PAIRS} | by_bits
+        return {24: INT8}
+    return {16: DIGITS if multiplies_bytes() else PAIRS, 24: INT8}
 
 
 def panels_abreast(kind: int) -> int:
@@ -449,48 +448,45 @@ def _add_products(builder: Any, sums: Any, digits: Any, weights: Any) -> Any:
 
 
 def _sums_of_digits(
-    builder: Any, halves: tuple[int, ...], rows: int, panels: int, matrix: Any, apart: Any, x: Any,
-    stride: Any, inputs: Any, offsets: Any,
+    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any, inputs: Any,
+    offsets: Any,
 ) -> list[Any]:  # fmt: skip
     """``_sums`` of the rows that ``quantize`` makes: whole numbers, summed exactly.
 
-    Every digit of four inputs meets their weights in one instruction. Of a panel some ``halves``.
+    Either digit of four inputs meets their weights in one instruction.
     """
     start = []
     for panel in range(panels):
         for _ in range(rows):
-            for half in halves:
+            for half in range(2):
                 place = _I64(panel * PANEL + half * LANES)
-                start += [ir.Constant(_WORDS, [0] * LANES)] * 2
+                start.append(ir.Constant(_WORDS, [0] * LANES))
                 start.append(_load(builder, offsets, place, _WORDS))
 
     def body(group: Any, sums: list[Any]) -> list[Any]:
         digits = []
         for row in range(rows):
-            place = builder.add(builder.mul(stride, _I64(row)), builder.mul(group, _I64(4)))
-            for digit in range(3):
+            place = builder.add(builder.mul(stride, _I64(row)), builder.mul(group, _I64(2)))
+            for digit in range(2):
                 word = builder.load(builder.gep(x, [builder.add(place, _I64(digit))]))
                 digits.append(builder.bitcast(_splat(builder, word), _ALL_BYTES))
         result = []
         for panel in range(panels):
             offset = builder.add(builder.mul(group, apart), _I64(panel * 4 * PANEL_BYTES[DIGITS]))
             address = builder.gep(matrix, [offset])
-            parts = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in halves]
+            parts = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in range(2)]
             for row in range(rows):
                 for weights in parts:
-                    for factor in digits[3 * row : 3 * row + 3]:
+                    for factor in digits[2 * row : 2 * row + 2]:
                         before = sums[len(result)]
                         result.append(_add_products(builder, before, factor, weights))
         return result
 
     sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
     result = []
-    for low, middle, high in zip(sums, sums, sums, strict=True):
-        value = builder.sitofp(low, _VECTOR)
-        for digit, weight in ((middle, 256.0), (high, 65536.0)):
-            factor = ir.Constant(_VECTOR, [weight] * LANES)
-            value = _fma(builder, builder.sitofp(digit, _VECTOR), factor, value)
-        row = len(result) // len(halves) % rows
+    for low, high in zip(sums, sums, strict=True):
+        value = builder.sitofp(builder.add(builder.shl(high, _words(8)), low), _VECTOR)
+        row = len(result) // 2 % rows
         place = builder.add(builder.mul(stride, _I64(row)), inputs)
         unit = _splat(builder, builder.load(builder.gep(x, [place])))
         result.append(builder.fmul(value, unit))
@@ -553,13 +549,7 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
         apart = _I64(4 * PANEL_BYTES[kind] * (4 if kind in (DIGITS, PAIRS) else 1))
     if kind == DIGITS:
         offsets = builder.gep(table, [builder.mul(outputs, _I64(2))])
-        found = [
-            value
-            for halves in HALVES
-            for value in _sums_of_digits(
-                builder, halves, rows, panels, matrix, apart, x, stride, inputs, offsets
-            )
-        ]
+        found = _sums_of_digits(builder, rows, panels, matrix, apart, x, stride, inputs, offsets)
     elif kind == PAIRS:
         found = _sums_of_pairs(builder, rows, panels, matrix, apart, x, stride, inputs)
     else:
@@ -577,12 +567,11 @@ def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None
 
 
 # Rows × panels computed together. Eight independent sums or more keep the multipliers busy;
-# sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have three sums:
-# 16 registers of AVX-VNNI have room for those of half a panel, a cache line of weights at a time.
-# Pairs have one sum each, so that two panels or two rows fit the 16 registers of AVX2.
+# sixteen, with the weights and values, fill the 32 registers of AVX-512. Digits have two sums, so
+# that one panel fits the 16 registers of AVX-VNNI, four AVX-512. Pairs have one sum each, so that
+# two panels or two rows fit the 16 registers of AVX2.
 TILES = ((8, 1), (4, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
 DIGITS_ABREAST, PAIRS_ABREAST = 4 if compiles_for("avx512vnni") else 1, 2
-HALVES = ((0, 1),) if DIGITS_ABREAST == 4 else ((0,), (1,))
 KINDS = sorted({FP32, BF16, INT8, *int8_kinds().values()})
 
 
@@ -592,8 +581,8 @@ def tile(
     constants, table,
 ):  # fmt: skip
     """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
-    results and the biases begin; scales lie ``outputs`` behind the biases, the start of the highest
-    digit's sums another ``outputs`` behind. Weights of an input, or of four that lie together, are
+    results and the biases begin; scales lie ``outputs`` behind the biases, the start of the high
+    digits' sums another ``outputs`` behind. Weights of an input, or of four that lie together, are
     ``apart`` bytes from the next. Rows of x begin ``stride`` apart, of y ``outputs``.
     """
 
@@ -624,21 +613,21 @@ def tile(
 
 @intrinsic
 def store_digits(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """16 whole numbers in -2^23 … 2^23 - 1 as digits to the base 256.
+    """16 whole numbers in -2^15 … 2^15 - 1 as two digits to the base 256.
 
-    Of every four the lowest digits make a word, the middle ones, the highest ones plus 128, zeros.
+    Of every four the low digits make a word, the high ones plus 128 the next.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _data(context, builder, signature.args[0], arguments[0])
         address = builder.gep(pointer, [arguments[1]])
-        words = builder.add(builder.fptosi(arguments[2], _WORDS), _words(1 << 23))
+        words = builder.add(builder.fptosi(arguments[2], _WORDS), _words(1 << 15))
         octets = builder.bitcast(words, _ALL_BYTES)
-        order = [16 * lane + 4 * i + digit
-                 for lane in range(4) for digit in range(4) for i in range(4)]  # fmt: skip
-        mask = ir.Constant(ir.VectorType(_I32, 64), order)
+        order = [16 * four + 4 * i + digit
+                 for four in range(4) for digit in range(2) for i in range(4)]  # fmt: skip
+        mask = ir.Constant(ir.VectorType(_I32, 2 * LANES), order)
         digits = builder.shuffle_vector(octets, ir.Constant(_ALL_BYTES, ir.Undefined), mask)
-        builder.store(digits, builder.bitcast(address, _ALL_BYTES.as_pointer()), align=4)
+        builder.store(digits, builder.bitcast(address, digits.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -669,14 +658,11 @@ def store_pairs(typing: Any, array: Any, index: Any, value: Any) -> Any:
 def quantize(kind, work, source, size, target):
     """A row as whole multiples of its unit, a part of its largest magnitude; the unit lies behind.
 
-    The sums of products with int8 weights have no rounding at all. DIGITS: of 24 bits, as exact as
-    float32 is for the largest value. PAIRS: of 16 bits, or of as many as their sums have room for
-    (a bit less for each time that the inputs are twice as many as 512), which is finer than int8
-    weights are by far. What is no number makes the unit none.
+    The sums of products with int8 weights have no rounding at all. Of 16 bits, or of as many as
+    their sums have room for (a bit less for each time that the inputs are twice as many as 512),
+    which is finer than int8 weights are by far. What is no number makes the unit none.
     """
-    limit = 2**23 - 2  # two less, so that rounding cannot reach 2^23
-    if kind == PAIRS:
-        limit = min(2**15 - 1, (2**31 - 1) // (127 * size))
+    limit = min(2**15 - 1, (2**31 - 1) // (127 * size))
     peak, invalid = splat(f32(0.0)), splat(f32(0.0))
     for i in range(0, size, LANES):
         x = load(work, source + i)
@@ -689,7 +675,7 @@ def quantize(kind, work, source, size, target):
         if kind == PAIRS:
             store_pairs(work, target + i // 2, x)
         else:
-            store_digits(work, target + i, x)
+            store_digits(work, target + i // 2, x)
     work[target + size] = most * f32(1 / limit) + total(invalid)
 
 

@@ -34,9 +34,9 @@ from genssm.stepping import EXACT, Draws, UnsupportedError
 
 ENGINES = ("auto", "eager", "cpu", "cuda")
 WEIGHTS = ("bf16", EXACT, "int8")  # the default first
-# What int8 means, by the bits of the activations that they meet: what is faster on a processor. The
-# samples of one are not always those of the other, so recipes name it.
-INT8 = ("int8-24", "int8-16")
+# What int8 means, by the bits of the activations that they meet, whole numbers or floats: what is
+# faster on a processor. The samples of one are not always those of the other, so recipes name it.
+INT8 = ("int8-16", "int8-24")
 SCORED = 256  # tokens scored by one call, whose end an interruption waits for
 _forming = Forkable()  # by the team that is at work
 

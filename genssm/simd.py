@@ -112,9 +112,10 @@ def side_by_side(kind: int, abreast: int) -> int:
     """Panels that share a group: first the weights of an input in all of them, then of the next.
 
     So one sample reads the weights in a single sequence, which is faster than four. Those of FP32
-    are two cache lines anyhow, and a few samples read them faster panel by panel.
+    are two cache lines anyhow. Without AVX-512 tiles for two samples have one panel each, which
+    would skip the lines of its neighbours.
     """
-    return 1 if kind == FP32 else abreast
+    return 4 if abreast == 4 and kind != FP32 else 1
 
 
 # Vector operations: each intrinsic is one LLVM instruction or two.
@@ -406,8 +407,8 @@ def _loop(
 
 
 def _sums(
-    builder: Any, kind: int, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any,
-    inputs: Any,
+    builder: Any, kind: int, rows: int, panels: int, matrix: Any, apart: Any, across: Any, x: Any,
+    stride: Any, inputs: Any,
 ) -> list[Any]:  # fmt: skip
     """Σ_i weight[panel, i] x[row, i] by panel, row and half; the loop over i, in this order."""
 
@@ -416,10 +417,7 @@ def _sums(
         values = [_splat(builder, builder.load(builder.gep(x, [place]))) for place in places]
         result = []
         for panel in range(panels):
-            if kind == FP32:  # no panels side by side
-                offset = builder.mul(builder.add(builder.mul(inputs, _I64(panel)), i), _I64(128))
-            else:
-                offset = builder.add(builder.mul(i, apart), _I64(panel * PANEL_BYTES[kind]))
+            offset = builder.add(builder.mul(i, apart), builder.mul(across, _I64(panel)))
             pair = _weights(builder, kind, builder.gep(matrix, [offset]))
             for value in values:
                 result += [_fma(builder, w, value, sums[len(result) + half])
@@ -448,8 +446,8 @@ def _add_products(builder: Any, sums: Any, digits: Any, weights: Any) -> Any:
 
 
 def _sums_of_digits(
-    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any, inputs: Any,
-    offsets: Any,
+    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, across: Any, x: Any, stride: Any,
+    inputs: Any, offsets: Any,
 ) -> list[Any]:  # fmt: skip
     """``_sums`` of the rows that ``quantize`` makes: whole numbers, summed exactly.
 
@@ -472,7 +470,7 @@ def _sums_of_digits(
                 digits.append(builder.bitcast(_splat(builder, word), _ALL_BYTES))
         result = []
         for panel in range(panels):
-            offset = builder.add(builder.mul(group, apart), _I64(panel * 4 * PANEL_BYTES[DIGITS]))
+            offset = builder.add(builder.mul(group, apart), builder.mul(across, _I64(panel)))
             address = builder.gep(matrix, [offset])
             parts = [_load(builder, address, _I64(half * 64), _ALL_BYTES) for half in range(2)]
             for row in range(rows):
@@ -494,8 +492,9 @@ def _sums_of_digits(
 
 
 def _sums_of_pairs(
-    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, x: Any, stride: Any, inputs: Any
-) -> list[Any]:
+    builder: Any, rows: int, panels: int, matrix: Any, apart: Any, across: Any, x: Any, stride: Any,
+    inputs: Any,
+) -> list[Any]:  # fmt: skip
     """``_sums`` of the rows that ``quantize`` makes of 16-bit numbers, summed exactly.
 
     A word has the weights of four inputs of an output. The first and the third meet their inputs
@@ -513,7 +512,7 @@ def _sums_of_pairs(
                 factors.append(builder.bitcast(_splat(builder, word, LANES // 2), pair))
         result = []
         for panel in range(panels):
-            offset = builder.add(builder.mul(group, apart), _I64(panel * 4 * PANEL_BYTES[PAIRS]))
+            offset = builder.add(builder.mul(group, apart), builder.mul(across, _I64(panel)))
             address = builder.gep(matrix, [offset])
             parts = [_load(builder, address, _I64(32 * part), pair) for part in range(4)]
             weights = [
@@ -544,16 +543,19 @@ def _sums_of_pairs(
 
 def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
     """y[row, output] = scale · Σ_i weight[output, i] x[row, i] + bias on rows × panels."""
-    matrix, apart, x, stride, inputs, y, outputs, table = places
-    if panels == 4:  # all of a group; loads at constant distances stay in order
-        apart = _I64(4 * PANEL_BYTES[kind] * (4 if kind in (DIGITS, PAIRS) else 1))
+    matrix, apart, across, x, stride, inputs, y, outputs, table = places
+    own = PANEL_BYTES[kind] * (4 if kind in (DIGITS, PAIRS) else 1)
+    if panels == 4 and kind != FP32:  # a group; loads at constant distances stay in order
+        apart, across = _I64(4 * own), _I64(own)
     if kind == DIGITS:
         offsets = builder.gep(table, [builder.mul(outputs, _I64(2))])
-        found = _sums_of_digits(builder, rows, panels, matrix, apart, x, stride, inputs, offsets)
+        found = _sums_of_digits(
+            builder, rows, panels, matrix, apart, across, x, stride, inputs, offsets
+        )
     elif kind == PAIRS:
-        found = _sums_of_pairs(builder, rows, panels, matrix, apart, x, stride, inputs)
+        found = _sums_of_pairs(builder, rows, panels, matrix, apart, across, x, stride, inputs)
     else:
-        found = _sums(builder, kind, rows, panels, matrix, apart, x, stride, inputs)
+        found = _sums(builder, kind, rows, panels, matrix, apart, across, x, stride, inputs)
     sums = iter(found)
     for panel in range(panels):
         for row in range(rows):
@@ -577,25 +579,26 @@ KINDS = sorted({FP32, BF16, INT8, *int8_kinds().values()})
 
 @intrinsic
 def tile(
-    typing, rows, panels, kind, matrices, matrix, apart, work, x, stride, inputs, y, outputs,
-    constants, table,
+    typing, rows, panels, kind, matrices, matrix, apart, across, work, x, stride, inputs, y,
+    outputs, constants, table,
 ):  # fmt: skip
     """One of TILES. ``matrix``, x, y, ``table``: where the first panel's weights, the values, the
     results and the biases begin; scales lie ``outputs`` behind the biases, the start of the high
     digits' sums another ``outputs`` behind. Weights of an input, or of four that lie together, are
-    ``apart`` bytes from the next. Rows of x begin ``stride`` apart, of y ``outputs``.
+    ``apart`` bytes from those of the next, and ``across`` bytes from those in the next panel. Rows
+    of x begin ``stride`` apart, of y ``outputs``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (
-            rows, panels, kind, matrices, matrix, apart, work, x, stride, inputs, y, outputs,
-            constants, table,
+            rows, panels, kind, matrices, matrix, apart, across, work, x, stride, inputs, y,
+            outputs, constants, table,
         ) = arguments  # fmt: skip
         matrix = builder.gep(_data(context, builder, signature.args[3], matrices), [matrix])
-        memory = _data(context, builder, signature.args[6], work)
-        table = builder.gep(_data(context, builder, signature.args[12], constants), [table])
+        memory = _data(context, builder, signature.args[7], work)
+        table = builder.gep(_data(context, builder, signature.args[13], constants), [table])
         x, y = builder.gep(memory, [x]), builder.gep(memory, [y])
-        places = (matrix, apart, x, stride, inputs, y, outputs, table)
+        places = (matrix, apart, across, x, stride, inputs, y, outputs, table)
         shape = builder.add(builder.mul(rows, _I64(8)), panels)
         for size in TILES:
             with builder.if_then(builder.icmp_signed("==", shape, _I64(size[0] * 8 + size[1]))):
@@ -608,7 +611,7 @@ def tile(
         return context.get_dummy_value()
 
     n = types.intp
-    return types.void(n, n, n, matrices, n, n, work, n, n, n, n, n, constants, n), generate
+    return types.void(n, n, n, matrices, n, n, n, work, n, n, n, n, n, constants, n), generate
 
 
 @intrinsic
@@ -681,19 +684,19 @@ def quantize(kind, work, source, size, target):
 
 @njit(**_OPTIONS)
 def linear(
-    kind, abreast, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits, batch,
-    begin, finish,
+    kind, abreast, beside, matrices, matrix, work, x, inputs, y, outputs, constants, table, digits,
+    batch, begin, finish,
 ):  # fmt: skip
     """y (batch, outputs) = W x + bias, for x (batch, inputs): both in ``work``.
 
     Of the outputs those from ``begin`` to ``finish``.
 
-    ``abreast``: see ``panels_abreast``. A sum runs over the inputs in order whatever the tile. Four
-    panels stay in the cache while they meet all rows. ``digits``: room for ``quantize``.
+    ``abreast``, ``beside``: see ``panels_abreast``, ``side_by_side``. A sum runs over the inputs in
+    order whatever the tile. Four panels stay in the cache while they meet all rows. ``digits``:
+    room for ``quantize``.
     """
     own = 128 if kind == FP32 else 64 if kind == BF16 else 32  # bytes of an input in a panel
     size = inputs * own
-    beside = 1 if kind == FP32 else abreast  # see ``side_by_side``
     most, stride = (8 if abreast == 4 else 2), inputs
     if kind in (DIGITS, PAIRS):
         own, stride, most = 4 * own, inputs + PANEL, abreast
@@ -717,8 +720,8 @@ def linear(
                 while panel + panels > following:
                     panels //= 2
                 tile(rows, panels, kind, matrices, matrix + group * size + (panel - group) * own,
-                     wide * own, work, x + row * stride, stride, inputs,
-                     y + row * outputs + panel * PANEL, outputs, constants,
+                     wide * own, own if beside > 1 else size, work, x + row * stride, stride,
+                     inputs, y + row * outputs + panel * PANEL, outputs, constants,
                      table + panel * PANEL)  # fmt: skip
                 panel += panels
             row += rows
@@ -1124,8 +1127,8 @@ def serially(
 
 @njit(**_PIECE)
 def advance(  # noqa: PLR0912
-    program, abreast, kind, matrices, constants, taps, work, words, digits, history, tokens, t,
-    reads, positions, scratch, member, members, gate,
+    program, abreast, beside, kind, matrices, constants, taps, work, words, digits, history, tokens,
+    t, reads, positions, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, t]: one pass through the program, which leaves the logits in ``work``.
 
@@ -1156,8 +1159,8 @@ def advance(  # noqa: PLR0912
             begin, finish = share(width // apart, member, members)
             for part in range(apart):
                 before = part * (width // apart)
-                linear(kind, abreast, matrices, matrix + phase * extra, work, x, size, y, width,
-                       constants, table + phase * more, room, batch, before + begin,
+                linear(kind, abreast, beside, matrices, matrix + phase * extra, work, x, size, y,
+                       width, constants, table + phase * more, room, batch, before + begin,
                        before + finish)  # fmt: skip
         elif code == NORM:  # size: features that are no padding
             for b in range(batch):
@@ -1345,9 +1348,9 @@ def draw(
 
 @njit(**_ENTRY)
 def run(
-    program, abreast, kind, matrices, constants, taps, work, words, digits, history, positions,
-    reads, logits, size, width, tokens, bits, given, scored, uniforms, settings, streams, seen,
-    weights, keys, changed, histogram, scratch, member, members, gate,
+    program, abreast, beside, kind, matrices, constants, taps, work, words, digits, history,
+    positions, reads, logits, size, width, tokens, bits, given, scored, uniforms, settings, streams,
+    seen, weights, keys, changed, histogram, scratch, member, members, gate,
 ):  # fmt: skip
     """Read tokens[:, :given], then draw and read the others; logits of the next stay in ``work``.
 
@@ -1379,8 +1382,8 @@ def run(
                 whole = log_sum(work, own, size, width, weights)
                 bits[s, t] = (whole - work[own + tokens[s, t]]) / np.log(2.0)
         if not advance(
-            program, abreast, kind, matrices, constants, taps, work, words, digits, history, tokens,
-            t, reads, positions, scratch, member, members, gate,
+            program, abreast, beside, kind, matrices, constants, taps, work, words, digits, history,
+            tokens, t, reads, positions, scratch, member, members, gate,
         ):  # fmt: skip
             break
     restore_denormals(before)

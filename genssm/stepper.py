@@ -131,8 +131,8 @@ class CompiledModel:
         fours = self._kind in (self._simd.DIGITS, self._simd.PAIRS)
         kind = self.weights.partition("-")[0]
         self._abreast = self._simd.panels_abreast(self._kind)
-        beside = self._simd.side_by_side(self._kind, self._abreast)
-        self._program = compile_model(model, self._simd, kind, beside, fours)
+        self._beside = self._simd.side_by_side(self._kind, self._abreast)
+        self._program = compile_model(model, self._simd, kind, self._beside, fours)
         self._taps = np.array(self.config.taps, np.int64)
 
     def read(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -300,10 +300,10 @@ class CompiledModel:
         gate = zeros(16, np.int64)
         program = self._program
         arguments = (
-            program.lines, self._abreast, self._kind, program.matrices, program.constants,
-            self._taps, memory.work, memory.work.view(np.int32), program.digits, memory.history,
-            memory.positions, np.array(reads, np.int64), program.logits, self.config.n_outputs,
-            program.width, tokens, bits, given, scored, uniforms, settings,
+            program.lines, self._abreast, self._beside, self._kind, program.matrices,
+            program.constants, self._taps, memory.work, memory.work.view(np.int32), program.digits,
+            memory.history, memory.positions, np.array(reads, np.int64), program.logits,
+            self.config.n_outputs, program.width, tokens, bits, given, scored, uniforms, settings,
             np.array(streams, np.int64), seen, room.weights, room.weights.view(np.int32),
             room.changed, room.histogram,
         )  # fmt: skip

@@ -210,15 +210,17 @@ def test_sums_of_whole_numbers_are_exact() -> None:
     inputs, outputs, batch = 512, 7 * 32, 7
     rng, abreast = np.random.default_rng(0), simd.panels_abreast(kind)
     weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
-    packed, (scale, *rest) = pack(weight, "int8", simd.side_by_side(kind, abreast), fours=True)
+    beside = simd.side_by_side(kind, abreast)
+    packed, (scale, *rest) = pack(weight, "int8", beside, fours=True)
     table = np.concatenate([np.zeros_like(scale), np.ones_like(scale), *rest])  # no bias, no scale
     work = np.zeros(batch * (inputs + outputs + inputs + 32), np.float32)
     x = work[: batch * inputs].reshape(batch, inputs)
     x[:] = rng.standard_normal(x.shape)
     y, digits = batch * inputs, batch * (inputs + outputs)
     simd.linear(
-        kind, abreast, packed, 0, work, 0, inputs, y, outputs, table, 0, digits, batch, 0, outputs
-    )
+        kind, abreast, beside, packed, 0, work, 0, inputs, y, outputs, table, 0, digits, batch, 0,
+        outputs,
+    )  # fmt: skip
     found = work[y:digits].reshape(batch, outputs)
     weights = np.rint(weight / scale[:, None]).astype(np.int64)
     for row, actual in zip(x, found, strict=True):

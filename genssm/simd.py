@@ -28,7 +28,7 @@ PANEL = 32  # outputs of a linear map that are computed together: two vectors
 # Weights of a linear map, by kind: bytes of one input's weights in a panel. DIGITS and PAIRS hold
 # those of INT8 for processors that sum products of whole numbers; see ``quantize``.
 FP32, BF16, INT8, DIGITS, PAIRS = 0, 1, 2, 3, 4
-PANEL_BYTES = {FP32: 128, BF16: 64, INT8: 32, DIGITS: 32, PAIRS: 32}
+PANEL_BYTES = (128, 64, 32, 32, 32)
 
 # Operations. A line of a program is one of them and its arguments; see ``advance``.
 EMBED, TOKEN, TAPS, LINEAR, POSITION, NORM, DIAGONAL, LOW_RANK = range(8)
@@ -445,6 +445,19 @@ def _add_products(builder: Any, sums: Any, digits: Any, weights: Any) -> Any:
     return builder.shuffle_vector(*parts, ir.Constant(_WORDS, list(range(LANES))))
 
 
+def _in_units(
+    builder: Any, sums: list[Any], rows: int, x: Any, stride: Any, inputs: Any
+) -> list[Any]:
+    """Whole sums by panel, row and half, times the unit that lies behind each row."""
+    result = []
+    for total in sums:
+        row = len(result) // 2 % rows
+        place = builder.add(builder.mul(stride, _I64(row)), inputs)
+        unit = _splat(builder, builder.load(builder.gep(x, [place])))
+        result.append(builder.fmul(builder.sitofp(total, _VECTOR), unit))
+    return result
+
+
 def _sums_of_digits(
     builder: Any, rows: int, panels: int, matrix: Any, apart: Any, across: Any, x: Any, stride: Any,
     inputs: Any, offsets: Any,
@@ -481,14 +494,10 @@ def _sums_of_digits(
         return result
 
     sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
-    result = []
-    for low, high in zip(sums, sums, strict=True):
-        value = builder.sitofp(builder.add(builder.shl(high, _words(8)), low), _VECTOR)
-        row = len(result) // 2 % rows
-        place = builder.add(builder.mul(stride, _I64(row)), inputs)
-        unit = _splat(builder, builder.load(builder.gep(x, [place])))
-        result.append(builder.fmul(value, unit))
-    return result
+    whole = [
+        builder.add(builder.shl(high, _words(8)), low) for low, high in zip(sums, sums, strict=True)
+    ]
+    return _in_units(builder, whole, rows, x, stride, inputs)
 
 
 def _sums_of_pairs(
@@ -530,15 +539,12 @@ def _sums_of_pairs(
 
     start = [ir.Constant(words, [0] * (LANES // 2))] * (panels * rows * 4)
     sums = iter(_loop(builder, builder.lshr(inputs, _I64(2)), start, body))
-    whole = ir.Constant(_WORDS, list(range(LANES)))
-    result = []
-    for first, second in zip(sums, sums, strict=True):
-        row = len(result) // 2 % rows
-        place = builder.add(builder.mul(stride, _I64(row)), inputs)
-        unit = _splat(builder, builder.load(builder.gep(x, [place])))
-        total = builder.sitofp(builder.shuffle_vector(first, second, whole), _VECTOR)
-        result.append(builder.fmul(total, unit))
-    return result
+    order = ir.Constant(_WORDS, list(range(LANES)))
+    whole = [
+        builder.shuffle_vector(first, second, order)
+        for first, second in zip(sums, sums, strict=True)
+    ]
+    return _in_units(builder, whole, rows, x, stride, inputs)
 
 
 def _tile(builder: Any, kind: int, rows: int, panels: int, *places: Any) -> None:
@@ -695,7 +701,7 @@ def linear(
     order whatever the tile. Four panels stay in the cache while they meet all rows. ``digits``:
     room for ``quantize``.
     """
-    own = 128 if kind == FP32 else 64 if kind == BF16 else 32  # bytes of an input in a panel
+    own = PANEL_BYTES[kind]
     size = inputs * own
     most, stride = (8 if abreast == 4 else 2), inputs
     if kind in (DIGITS, PAIRS):
@@ -711,6 +717,7 @@ def linear(
             rows = most
             while rows > batch - row:
                 rows //= 2
+            # Panels that fit with so many rows; those that are not side by side are other streams.
             together = max(1, min(abreast, (most if beside > 1 else abreast) // rows))
             panel = first
             while panel < last:

@@ -155,7 +155,7 @@ def test_code_uses_no_more_than_numba_is_told_of(name: str, value: str, expected
 
 @pytest.mark.parametrize("kind", ["isotropic", "image"])
 def test_int8_by_whole_numbers_gives_what_floats_give(
-    make_model: MakeModel, assert_near: AssertNear, kind: str, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, assert_near: AssertNear, kind: str
 ) -> None:
     """int8 weights times activations, by products of whole numbers and by products of floats."""
     simd = load_kernels()
